@@ -1,0 +1,43 @@
+"""Classifier-free guidance in two dialects: sd-cli's `cfg` (1 = off) and diffusers' guidance scale (0 = off).
+
+The two mean the same with cfg = guidance_scale + 1. The functions do not care for a common sign or offset, so they may
+be given velocities, the raw network outputs (their negatives) or denoised estimates at the same x; only normalization,
+which looks at the length of the prediction, wants velocities or raw outputs.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+Float32 = NDArray[np.float32]
+
+
+def cfg(cond: Float32, uncond: Float32, scale: float) -> Float32:
+    """uncond + scale * (cond - uncond): `--cfg-scale` of sd-cli. 1 gives cond, and uncond need not be computed."""
+    guided: Float32 = uncond + np.float32(scale) * (cond - uncond)
+    return guided
+
+
+def z_image_guidance(
+    cond: Float32, uncond: Float32, guidance_scale: float, *, cfg_normalization: float = 0.0
+) -> Float32:
+    """cond + guidance_scale * (cond - uncond): what diffusers' Z-Image pipeline calls guidance.
+
+    cfg_normalization: above 0, the result is shortened to that multiple of cond's length where it is longer; length is
+    the Euclidean norm of a whole picture, so the arrays must hold one picture each: [16, H, W].
+    """
+    prediction: Float32 = cond + np.float32(guidance_scale) * (cond - uncond)
+    if cfg_normalization > 0:
+        longest = np.linalg.norm(cond) * np.float32(cfg_normalization)
+        length = np.linalg.norm(prediction)
+        if length > longest:
+            prediction = prediction * np.float32(longest / length)
+    return prediction
+
+
+def guidance_at(sigma: float, guidance_scale: float, *, cfg_truncation: float = 1.0) -> float:
+    """The guidance scale at noise level sigma: 0 once the time 1 - sigma has passed cfg_truncation, as in diffusers."""
+    timestep = np.float32(sigma) * np.float32(1000)
+    time = (np.float32(1000) - timestep) / np.float32(1000)
+    return 0.0 if cfg_truncation <= 1 and float(time) > cfg_truncation else max(guidance_scale, 0.0)

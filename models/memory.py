@@ -1,0 +1,65 @@
+"""What a process uses, and how long things take: the figures that a run reports."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from loader.params import LoadReport
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of this process: resident at its peak and now, and of what is resident now, private and from files."""
+
+    peak_rss: int
+    rss: int
+    anonymous: int
+    file_backed: int
+
+    @classmethod
+    def now(cls) -> Memory:
+        """Read from /proc where there is one; elsewhere from psutil, which tells no kinds apart (then 0)."""
+        try:
+            with open("/proc/self/status", encoding="ascii", errors="replace") as file:
+                rows = dict(line.split(":", 1) for line in file if ":" in line)
+        except OSError:
+            import psutil
+
+            info = psutil.Process().memory_info()
+            return cls(getattr(info, "peak_wset", info.rss), info.rss, 0, 0)
+
+        def n_bytes(key: str) -> int:
+            return int(rows.get(key, "0 kB").split()[0]) * 1024
+
+        return cls(n_bytes("VmHWM"), n_bytes("VmRSS"), n_bytes("RssAnon"), n_bytes("RssFile"))
+
+
+@dataclass
+class Report:
+    """What a run did: seconds per phase, each step's seconds, how the weights came to rest, memory."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+    step_seconds: list[float] = field(default_factory=list)
+    components: dict[str, LoadReport] = field(default_factory=dict)
+    memory: Memory | None = None
+    anonymous_peak: int = 0
+    prompt_cached: bool = False
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Add the time of the `with` body to a phase, and look at the memory after it."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+            self.memory = Memory.now()
+            self.anonymous_peak = max(self.anonymous_peak, self.memory.anonymous)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers and strings, ready for JSON."""
+        return asdict(self)

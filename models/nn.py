@@ -1,0 +1,183 @@
+"""The parts that networks are made of. The path of an attribute is the name of its tensor.
+
+Shapes are ggml's `ne`, fastest first: a linear layer's activations have ne [n_features, n_tokens], pictures have
+ne [width, height, n_channels, n].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from loader.params import Param
+from pyggml import Graph, Tensor, Type, ops
+
+
+class Module:
+    """A tree of parameters. Lists stand for numbered children; None fills a number that has no parameters."""
+
+    def named_params(self, prefix: str = "") -> Iterator[tuple[str, Param]]:
+        """(name, Param) of every parameter below, in the order the attributes were made."""
+        for name, value in vars(self).items():
+            yield from _named(f"{prefix}{name}", value)
+
+    def params(self) -> dict[str, Param]:
+        """name -> Param, as `loader.load_params` takes it."""
+        return dict(self.named_params())
+
+
+def _named(path: str, value: Any) -> Iterator[tuple[str, Param]]:
+    if isinstance(value, Param):
+        yield path, value
+    elif isinstance(value, Module):
+        yield from value.named_params(f"{path}.")
+    elif isinstance(value, (list, tuple)):
+        for i, item in enumerate(value):
+            yield from _named(f"{path}.{i}", item)
+
+
+def linear(w: Tensor, x: Tensor) -> Tensor:
+    """W x by the fastest kernel there is. w: ne [n_in, n_out], x: ne [n_in, n_tokens]."""
+    y = ops.mul_mat_fast(w, x)
+    return ops.mul_mat(w, x) if y is None else y
+
+
+class Linear(Module):
+    """y = W x + b. Weight ne [n_in, n_out], in whatever type the file has."""
+
+    def __init__(self, n_in: int, n_out: int, bias: bool = True, type: Type | None = None) -> None:
+        self.weight = Param((n_in, n_out), type)
+        self.bias = Param((n_out,), Type.F32) if bias else None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        y = linear(self.weight.tensor, x)  # ne [n_out, n_tokens]
+        return y if self.bias is None else ops.add(y, self.bias.tensor)
+
+
+class RMSNorm(Module):
+    """x / sqrt(mean(x^2) + eps) * weight, over the fastest dimension."""
+
+    def __init__(self, n: int, eps: float) -> None:
+        self.weight = Param((n,), Type.F32)
+        self.eps = eps
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return ops.mul(ops.rms_norm(x, self.eps), self.weight.tensor)
+
+
+class Embedding(Module):
+    """Rows of a table by number. Weight ne [n_features, n_rows]."""
+
+    def __init__(self, n_rows: int, n: int) -> None:
+        self.weight = Param((n, n_rows))
+
+    def __call__(self, ids: Tensor) -> Tensor:
+        return ops.get_rows(self.weight.tensor, ids)  # ne [n_features, n_ids], f32
+
+
+class GroupNorm(Module):
+    """Normalise groups of channels over all pixels, then scale and shift each channel; SiLU after it on request."""
+
+    N_GROUPS = 32
+
+    def __init__(self, n: int, eps: float = 1e-6) -> None:
+        self.weight = Param((n,), Type.F32)
+        self.bias = Param((n,), Type.F32)
+        self.eps = eps
+
+    def __call__(self, x: Tensor, silu: bool = False) -> Tensor:
+        if _on_cpu(x):
+            return ops.group_norm_scaled(
+                x, self.weight.tensor, self.bias.tensor, self.N_GROUPS, self.eps, silu=silu
+            )
+        y = ops.group_norm(x, self.N_GROUPS, self.eps)  # ne [width, height, n_channels]
+        y = ops.add(ops.mul(y, _channels(x, self.weight)), _channels(x, self.bias))
+        return ops.silu(y) if silu else y
+
+
+class Conv2d(Module):
+    """A 3x3 convolution that keeps the size, or halves it (then padded at the right and bottom only).
+
+    Weight ne [3, 3, n_in, n_out].
+    """
+
+    def __init__(self, n_in: int, n_out: int, stride: int = 1) -> None:
+        self.weight = Param((3, 3, n_in, n_out))
+        self.bias = Param((n_out,), Type.F32)
+        self.stride = stride
+
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        w = self.weight.tensor
+        if self.stride == 1 and _on_cpu(x):
+            return ops.conv_2d_3x3(w, x, self.bias.tensor, residual)
+        pad = 1
+        if self.stride == 2:
+            x, pad = ops.pad(x, 1, 1), 0
+        columns = ops.im2col(w, x, stride=self.stride, padding=pad, type=Type.F32)
+        # Pixels as rows: the order that ggml multiplies fastest, and the result has a picture's layout.
+        width, height = columns.ne[1:3]
+        kernel = ops.reshape(ops.cast(_use(x, w), Type.F32), -1, w.ne[3])  # ne [9 * n_in, n_out]
+        y = ops.mul_mat(ops.reshape(columns, -1, width * height), kernel)  # ne [width * height, n_out]
+        y = ops.add(ops.reshape(y, width, height, -1), _channels(x, self.bias))
+        return y if residual is None else ops.add(y, residual)
+
+
+class PixelLinear(Module):
+    """A linear layer on the channels of each pixel; a file may store its weight as a 1x1 convolution."""
+
+    def __init__(self, n_in: int, n_out: int) -> None:
+        self.weight = Param((n_in, n_out))
+        self.bias = Param((n_out,), Type.F32)
+
+    def tokens(self, x: Tensor) -> Tensor:
+        """x: ne [n_in, n_pixels] to ne [n_out, n_pixels]."""
+        return ops.add(linear(self.weight.tensor, x), self.bias.tensor)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x: ne [width, height, n_in] to ne [width, height, n_out]."""
+        width, height, n_in, _ = x.ne
+        pixels = ops.cont(ops.transpose(ops.reshape(x, width * height, n_in)))  # ne [n_in, n_pixels]
+        return ops.reshape(ops.cont(ops.transpose(self.tokens(pixels))), width, height, -1)
+
+
+def _on_cpu(x: Tensor) -> bool:
+    """True in a graph for the CPU, where our own kernels run."""
+    graph = x.ctx
+    return isinstance(graph, Graph) and graph.backend.is_cpu
+
+
+def _use(x: Tensor, weight: Tensor) -> Tensor:
+    """`weight` as a tensor of x's graph, for operations on weights alone."""
+    graph = x.ctx
+    assert isinstance(graph, Graph)
+    return graph.use(weight)
+
+
+def _channels(x: Tensor, param: Param) -> Tensor:
+    """A vector ne [n] as ne [1, 1, n], to be broadcast over pixels."""
+    return ops.reshape(_use(x, param.tensor), 1, 1, -1)
+
+
+def split_heads(x: Tensor, i_part: int, n_heads: int, head_dim: int) -> Tensor:
+    """Heads `i_part * n_heads ...` of ne [n_parts * n_heads * head_dim, n_tokens], as a view.
+
+    ne [head_dim, n_heads, n_tokens]
+    """
+    size = 4  # f32
+    stride = x.nb[1]
+    offset = i_part * n_heads * head_dim * size
+    return ops.view(x, (head_dim, n_heads, x.ne[1]), (head_dim * size, stride), offset)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """softmax(q k^T / sqrt(head_dim) + mask) v for each head.
+
+    q: ne [head_dim, n_heads, n_tokens]; k, v: ne [head_dim, n_kv_heads, n_tokens], n_heads a multiple of n_kv_heads,
+    consecutive heads sharing one; mask: f16, ne [n_tokens, n_tokens]. Returns ne [head_dim * n_heads, n_tokens].
+    """
+    head_dim, n_heads, n_tokens, _ = q.ne
+    if mask is None and head_dim % 32 == 0 and _on_cpu(q):
+        return ops.reshape(ops.attention(q, k, v, head_dim**-0.5), head_dim * n_heads, n_tokens)
+    q, k, v = (ops.permute(t, 0, 2, 1, 3) for t in (q, k, v))  # ne [head_dim, n_tokens, n_heads]
+    y = ops.flash_attn_ext(q, k, v, mask, scale=head_dim**-0.5)  # ne [head_dim, n_heads, n_tokens]
+    return ops.reshape(y, head_dim * n_heads, n_tokens)

@@ -1,0 +1,85 @@
+"""Open the three files of a Z-Image: what each must be, and under which names its tensors go."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from loader.checkpoint import Checkpoint, open_checkpoint
+from loader.describe import describe
+from loader.errors import LoadError
+from loader.params import Weights, load_params
+from pyggml import Backend
+
+from .. import autoencoder_kl, qwen3
+from ..autoencoder_kl import AutoencoderConfig, AutoencoderKL
+from ..nn import Module
+from ..qwen3 import Qwen3, Qwen3Config
+from . import transformer as net
+from .transformer import ZImageConfig, ZImageTransformer
+
+Path = str | os.PathLike[str]
+Compat = Literal["diffusers", "sd.cpp"]
+
+
+@dataclass
+class Component:
+    """A network with its weights, and the file they came from."""
+
+    module: Any
+    weights: Weights
+    checkpoint: Checkpoint
+
+    def close(self) -> None:
+        self.weights.close()
+        self.checkpoint.close()
+
+
+def open_text_encoder(path: Path, backend: Backend, *, mmap: bool = True) -> Component:
+    """Qwen3, without its last layer. LoadError when the file is broken or is something else."""
+    checkpoint = open_checkpoint(path)
+    _require(checkpoint, "text encoder", "Qwen3", "--llm")
+    checkpoint = checkpoint.without_prefix("text_encoders.llm.").renamed(qwen3.RENAMES)
+    config = Qwen3Config.from_checkpoint(checkpoint)
+    # The hidden state before the last layer is what is read: that layer stays in the file.
+    last = rf"^blk\.{config.n_layers - 1}\..*$"
+    return _load(Qwen3(config), checkpoint.renamed([(last, None)]), backend, "qwen3", mmap)
+
+
+def open_transformer(path: Path, backend: Backend, *, mmap: bool = True, compat: Compat = "diffusers") -> Component:
+    """Z-Image's transformer; `compat` decides the epsilon of its q and k norms. LoadError as above."""
+    checkpoint = open_checkpoint(path)
+    _require(checkpoint, "diffusion model", "Z-Image", "--diffusion-model")
+    checkpoint = checkpoint.without_prefix("model.diffusion_model.").renamed(net.RENAMES)
+    config = ZImageConfig.from_checkpoint(checkpoint)
+    if compat == "sd.cpp":
+        config = replace(config, qk_norm_eps=1e-6)
+    return _load(ZImageTransformer(config), checkpoint, backend, "z_image", mmap)
+
+
+def open_autoencoder(path: Path, backend: Backend, *, mmap: bool = True, encoder: bool = False) -> Component:
+    """The Flux autoencoder: its decoder, and its encoder when asked for. LoadError as above."""
+    checkpoint = open_checkpoint(path)
+    _require(checkpoint, "autoencoder", "Flux autoencoder", "--vae")
+    for prefix in ("first_stage_model.", "vae."):
+        checkpoint = checkpoint.without_prefix(prefix)
+    checkpoint = checkpoint.renamed(autoencoder_kl.RENAMES)
+    config = AutoencoderConfig.from_checkpoint(checkpoint)
+    if not encoder:
+        checkpoint = checkpoint.renamed([(r"^encoder\..*$", None)])
+    return _load(AutoencoderKL(config, encoder=encoder), checkpoint, backend, "vae", mmap)
+
+
+def _require(checkpoint: Checkpoint, role: str, architecture: str, option: str) -> None:
+    """LoadError that says what the file is when it is recognised as something else than what it was given as."""
+    found = describe(checkpoint)
+    if found.role not in (role, "unknown", "several models") or (
+        found.role == role and found.architecture not in (architecture, "unknown")
+    ):
+        raise LoadError(f"{found.sentence()}; {option} wants a {role} ({architecture})", path=checkpoint.path)
+
+
+def _load(module: Module, checkpoint: Checkpoint, backend: Backend, component: str, mmap: bool) -> Component:
+    weights = load_params(module.params(), checkpoint, backend=backend, component=component, mmap=mmap)
+    return Component(module, weights, checkpoint)

@@ -1,0 +1,511 @@
+"""Z-Image from a prompt to a picture: encode, denoise, decode, each of which can be called alone.
+
+The call is diffusers' (`guidance_scale` 0 is off; the first step is at sigma 1), and so are the defaults, those of
+Z-Image-Turbo: 8 steps, no guidance, shift 3. `compat="sd.cpp"` follows stable-diffusion.cpp where the two differ;
+docs/parity.md lists where.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial, wraps
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from loader.errors import LoadError
+from pyggml import Backend, Cancelled, Graph, NonFinite
+
+from .. import autoencoder_kl, image, prompt_weights, schedule, sd_cpp_words
+from ..autoencoder_kl import AutoencoderKL
+from ..compute import first_bad_op
+from ..guidance import guidance_at, z_image_guidance
+from ..memory import Report
+from ..qwen3 import Qwen3
+from ..rng import RNG, make_rng
+from ..sampler import find_sampler, sample
+from ..tokenizer import TEMPLATE, Tokenizer
+from . import transformer as net
+from .components import Compat, Component, Path, open_autoencoder, open_text_encoder, open_transformer
+from .transformer import ZImageTransformer
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+Float32 = NDArray[np.float32]
+Progress = Callable[[str, int, int], None]
+
+MAX_TOKENS = 512  # the reference cuts longer prompts; compat="sd.cpp" does not
+CACHED_PROMPTS = 32
+STRENGTH: Mapping[Compat, float] = {"diffusers": 0.6, "sd.cpp": 0.75}  # of img2img, when none is given
+SIZE_MULTIPLE = autoencoder_kl.FACTOR
+MAX_SIDE = 4096
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """What the text encoder made of a prompt: `features` float32 [n_tokens, caption_dim]."""
+
+    features: Float32
+    # what a transformer's refiner makes of them, by the pipeline's key
+    _refined: dict[object, Float32] = field(default_factory=dict, compare=False, repr=False)
+
+
+@dataclass(frozen=True)
+class Result:
+    """Pictures (Pillow images, or arrays as `output_type` asked), the seeds they were drawn from, and the report."""
+
+    images: list[Any]
+    seeds: list[int]
+    report: Report
+
+
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def _cancellable(method: Method) -> Method:
+    """A method that cancel() stops. The outermost of nested calls begins with no cancellation pending."""
+
+    @wraps(method)
+    def run(self: ZImagePipeline, *args: Any, **kwargs: Any) -> Any:
+        if not self._depth:
+            self._cancelled.clear()
+        self._depth += 1
+        try:
+            return method(self, *args, **kwargs)
+        finally:
+            self._depth -= 1
+
+    return cast(Method, run)
+
+
+class ZImagePipeline:
+    """Text encoder, transformer and autoencoder of Z-Image on one backend.
+
+    Use `ZImagePipeline.load`, or `models.load`. It may be used by one thread at a time; `cancel()` may come from any.
+    """
+
+    default_steps = 8
+    default_guidance_scale = 0.0
+    default_shift = 3.0
+
+    def __init__(
+        self, text_encoder: Component, transformer: Component, vae: Component, tokenizer: Tokenizer, backend: Backend,
+        *, compat: Compat = "diffusers", default_size: int = 1024,
+    ) -> None:  # fmt: skip
+        self.text_encoder = text_encoder
+        self.transformer = transformer
+        self.vae = vae
+        self.tokenizer = tokenizer
+        self.backend = backend
+        self.compat = compat
+        self.default_size = default_size
+        self.find_bad_op = False  # compute again, operation by operation, when a result is not finite
+        self._prompts: OrderedDict[tuple[str, str], Conditioning] = OrderedDict()
+        self._key = object()
+        self._cancelled = threading.Event()
+        self._depth = 0  # of nested calls
+        self._step_graphs: OrderedDict[tuple[int, int], Graph] = OrderedDict()
+
+    # -- loading ------------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def load(
+        cls, diffusion_model: Path, llm: Path, vae: Path, *, backend: Backend | None = None,
+        n_threads: int | None = None, mmap: bool = True, compat: Compat = "diffusers",
+        tokenizer: Tokenizer | None = None, encoder: bool = False,
+    ) -> ZImagePipeline:  # fmt: skip
+        """Load from three files (or diffusers folders). `encoder`: also the half of the autoencoder that img2img needs.
+
+        Weights stay in the mapped files where the backend can use them there. LoadError, before any computation, when a
+        file is broken, is not what it is given as, or lacks a tensor; OutOfMemory when what must be copied has no room.
+        """
+        if compat not in ("diffusers", "sd.cpp"):
+            raise ValueError(f"compat is 'diffusers' or 'sd.cpp', not {compat!r}")
+        backend = backend or Backend.cpu(n_threads)
+        opened: list[Component] = []
+        try:
+            opened.append(open_text_encoder(llm, backend, mmap=mmap))
+            opened.append(open_transformer(diffusion_model, backend, mmap=mmap, compat=compat))
+            opened.append(open_autoencoder(vae, backend, mmap=mmap, encoder=encoder))
+            llm_component, dit, autoencoder = opened
+            width = llm_component.module.config.dim
+            if dit.module.config.caption_dim != width:
+                raise LoadError(
+                    f"the text encoder's features have {width} numbers, the transformer wants "
+                    f"{dit.module.config.caption_dim}: they do not belong together", path=os.fspath(llm),
+                )  # fmt: skip
+            tokenizer = tokenizer or Tokenizer.for_checkpoint(llm_component.checkpoint)
+            if compat == "sd.cpp":
+                tokenizer = tokenizer.with_split(sd_cpp_words.split)
+        except BaseException:
+            for component in opened:
+                component.close()
+            raise
+        default_size = int(dit.checkpoint.metadata.get("z_image.default_size", 1024))
+        return cls(llm_component, dit, autoencoder, tokenizer, backend, compat=compat, default_size=default_size)
+
+    def close(self) -> None:
+        """Give back graphs, weights and mappings."""
+        for graph in self._step_graphs.values():
+            graph.close()
+        self._step_graphs.clear()
+        for component in (self.text_encoder, self.transformer, self.vae):
+            component.close()
+
+    def __enter__(self) -> ZImagePipeline:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def cancel(self) -> None:
+        """Stop the running call within one operation; it raises Cancelled. From any thread."""
+        self._cancelled.set()
+        self.backend.cancel()
+
+    # -- the three parts ----------------------------------------------------------------------------------------------
+
+    @_cancellable
+    def encode(self, prompt: str) -> Conditioning:
+        """The conditioning of a prompt; the last ones are remembered, so that no prompt is encoded twice.
+
+        ValueError for a prompt that is no text, NonFinite when the encoder's output is not.
+        """
+        key = (self.compat, prompt)
+        if key in self._prompts:
+            self._prompts.move_to_end(key)
+            return self._prompts[key]
+        weights: list[float] = []
+        if self.compat == "sd.cpp":
+            before, after = TEMPLATE
+            pieces = [(before, 1.0), *prompt_weights.parse(prompt), (after, 1.0)]
+            ids, weights = self.tokenizer.encode_weighted(pieces)
+        else:
+            ids = self.tokenizer.apply_template(prompt)[:MAX_TOKENS]
+        encoder: Qwen3 = self.text_encoder.module
+        compute = partial(self._compute, "the text encoder")
+        features = encoder.encode(self.backend, np.array(ids, np.int32), compute)
+        if weights:
+            features = prompt_weights.apply_weights(features, weights)
+        conditioning = Conditioning(features)
+        self._prompts[key] = conditioning
+        while len(self._prompts) > CACHED_PROMPTS:
+            self._prompts.popitem(last=False)
+        return conditioning
+
+    @_cancellable
+    def denoise(
+        self, latents: Float32, sigmas: Float32, cond: Conditioning | Float32,
+        uncond: Conditioning | Float32 | None = None, *, guidance_scale: float = 0.0,
+        cfg_normalization: float = 0.0, cfg_truncation: float = 1.0, method: str = "euler",
+        eta: float | None = None, rng: RNG | None = None,
+        callback: Callable[[int, float, Float32], Float32 | None] | None = None,
+    ) -> Float32:  # fmt: skip
+        """Latents [16, h, w] at noise level sigmas[0] to clean ones. Conditionings may be arrays [n_tokens, dim].
+
+        NonFinite naming the step when latents stop being finite; Cancelled; ValueError for bad sigmas or method, and
+        for guidance without `uncond`.
+        """
+        both = find_sampler(method, eta).both
+        guided = self._guided(guidance_scale, both)
+        if guided and uncond is None:
+            raise ValueError("guidance needs the conditioning of a negative prompt, `uncond`")
+        conds = [_conditioning(c, self) for c in ((cond, uncond) if guided else (cond,)) if c is not None]
+        contexts = [self._context(c) for c in conds]
+
+        def estimate(x: Float32, sigma: float) -> Any:
+            self._check_cancelled()
+            v = first = self._velocity(x, sigma, contexts[0])
+            scale = guidance_scale
+            if scale > 0:
+                scale = guidance_at(sigma, scale, cfg_truncation=cfg_truncation)
+            if guided and (scale != 0 or both):
+                second = self._velocity(x, sigma, contexts[1])
+                v = z_image_guidance(first, second, scale, cfg_normalization=cfg_normalization)
+                if both:
+                    return x - np.float32(sigma) * v, x - np.float32(sigma) * second
+            return x - np.float32(sigma) * v
+
+        def after(i: int, sigma: float, x: Float32) -> Float32 | None:
+            if not np.isfinite(x).all():
+                raise NonFinite(f"step {i + 1} (sigma {sigmas[i]:.4f}): the latents are not finite")
+            changed = callback(i, sigma, x) if callback else None
+            self._check_cancelled()
+            return None if changed is None else _latents(changed, latents.shape)
+
+        return np.asarray(sample(method, estimate, latents, sigmas, rng=rng, eta=eta, callback=after), np.float32)
+
+    @_cancellable
+    def decode(self, latents: Float32) -> NDArray[np.uint8]:
+        """Latents [16, h, w] to a picture, uint8 [8 h, 8 w, 3].
+
+        NonFinite when the decoder's output is not finite, or is a picture of one colour.
+        """
+        compute = partial(self._compute, "the decoder")
+        picture = self.vae.module.decode(self.backend, np.asarray(latents, np.float32), compute)
+        result = image.to_bytes(picture)
+        if (result == result[0, 0]).all():
+            raise NonFinite(f"the decoder made a picture of one colour, {result[0, 0].tolist()}: nothing was drawn")
+        return result
+
+    @_cancellable
+    def encode_image(self, picture: NDArray[np.uint8], rng: RNG | None = None) -> Float32:
+        """A picture, uint8 [H, W, 3], to scaled latents [16, H/8, W/8]: drawn from the posterior, or its mean.
+
+        The mean when there is no rng. ValueError when the encoder was not loaded.
+        """
+        mean, deviation = self._posterior(picture)
+        return autoencoder_kl.scale_latents(mean) if rng is None else _draw((mean, deviation), rng)
+
+    def _posterior(self, picture: NDArray[np.uint8]) -> tuple[Float32, Float32]:
+        """Mean and standard deviation of a picture's latents, as the autoencoder has them."""
+        module: AutoencoderKL = self.vae.module
+        if module.encoder is None:
+            raise ValueError("the autoencoder was loaded without its encoder: load with encoder=True for img2img")
+        compute = partial(self._compute, "the encoder")
+        return module.encode(self.backend, image.to_float(picture), compute)
+
+    # -- everything at once -------------------------------------------------------------------------------------------
+
+    @_cancellable
+    def __call__(
+        self, prompt: str, *, negative_prompt: str = "", height: int | None = None, width: int | None = None,
+        num_inference_steps: int | None = None, guidance_scale: float | None = None,
+        sigmas: Sequence[float] | None = None, scheduler: str | None = None, shift: float | None = None,
+        method: str = "euler", eta: float | None = None, seed: int = 42, num_images_per_prompt: int = 1,
+        rng: str | None = None, cfg_normalization: float = 0.0, cfg_truncation: float = 1.0,
+        latents: Float32 | None = None,
+        prompt_embeds: Conditioning | Float32 | None = None,
+        negative_prompt_embeds: Conditioning | Float32 | None = None, init_image: Path | Image.Image | None = None,
+        strength: float | None = None, output_type: str = "pil", progress: Progress | None = None,
+        callback_on_step_end: Callable[[ZImagePipeline, int, float, dict[str, Any]], Mapping[str, Any]] | None = None,
+        on_image: Callable[[int, int, NDArray[np.uint8]], None] | None = None,
+    ) -> Result:  # fmt: skip
+        """Draw `num_images_per_prompt` pictures; image i has seed + i.
+
+        height, width: pixels, multiples of 8; a prompt or `prompt_embeds` float32 [n_tokens, dim]; `latents` float32
+        [16, height/8, width/8] replace the noise. `guidance_scale` is diffusers': 0 is off, sd-cli's --cfg-scale is one
+        more. `sigmas`: the noise levels before the shift, as in diffusers; `scheduler`: a name of models.schedule.
+        `strength` (with `init_image`): 1 keeps nothing of it. output_type: "pil", "np" (uint8 [H, W, 3]) or "latent".
+        progress(phase, done, total) is called as phases go on; callback_on_step_end(pipe, step, timestep, {"latents":
+        ...}) after each step returns a dict whose "latents" replace the live ones; on_image(i, seed, picture) as each
+        picture is ready.
+
+        Raises ValueError for a bad argument, Cancelled after cancel(), NonFinite instead of a blank picture.
+        """
+        # 1. what is asked for
+        width = self.default_size if width is None else width
+        height = self.default_size if height is None else height
+        check_size(width, height)
+        shape = (self.transformer.module.config.in_channels, height // SIZE_MULTIPLE, width // SIZE_MULTIPLE)
+        steps = self.default_steps if num_inference_steps is None else num_inference_steps
+        guidance = self.default_guidance_scale if guidance_scale is None else guidance_scale
+        both = find_sampler(method, eta).both
+        if not math.isfinite(guidance):
+            raise ValueError(f"guidance_scale must be a finite number, not {guidance}")
+        if not 1 <= num_images_per_prompt <= 1000:
+            raise ValueError(f"num_images_per_prompt must be in 1..1000, not {num_images_per_prompt}")
+        if output_type not in ("pil", "np", "latent"):
+            raise ValueError(f"output_type is 'pil', 'np' or 'latent', not {output_type!r}")
+        name = rng or ("cuda" if self.compat == "sd.cpp" else "cpu")
+        for used in (seed, seed + num_images_per_prompt - 1):
+            make_rng(name, used)  # refuses what it must before any work is done
+        noise = None if latents is None else _latents(latents, shape)
+        levels = self._sigmas(steps, sigmas, scheduler, shift, width, height, method)
+        pixels = None
+        if init_image is not None:
+            levels = schedule.after_strength(
+                levels, STRENGTH[self.compat] if strength is None else strength,
+                compat="sd.cpp" if self.compat == "sd.cpp" else None,
+            )  # fmt: skip
+            pixels = image.read_image(init_image, width, height)
+        self._check_unchanged()
+        report = Report(components={c.weights.report.component: c.weights.report for c in self._components()})
+        tell = progress or (lambda phase, done, total: None)
+
+        # 2. prompts
+        with report.phase("text_encoder"):
+            report.prompt_cached = prompt_embeds is None and (self.compat, prompt) in self._prompts
+            tell("text encoder", 0, 1)
+            cond = self.encode(prompt) if prompt_embeds is None else _conditioning(prompt_embeds, self)
+            uncond = None
+            if self._guided(guidance, both):
+                uncond = (self.encode(negative_prompt) if negative_prompt_embeds is None
+                          else _conditioning(negative_prompt_embeds, self))  # fmt: skip
+            tell("text encoder", 1, 1)
+
+        # 3. the picture to start from
+        posterior: tuple[Float32, Float32] | None = None
+        if pixels is not None:
+            with report.phase("encode_image"):
+                posterior = self._posterior(pixels)
+
+        images: list[Any] = []
+        for i in range(num_images_per_prompt):
+            # 4. noise
+            generator = make_rng(name, seed + i)
+            start = None
+            if posterior is not None:
+                # diffusers goes on with one generator; stable-diffusion.cpp begins it anew for the noise.
+                start = _draw(posterior, make_rng(name, seed) if self.compat == "sd.cpp" else generator)
+            x = generator.randn(shape) if noise is None else noise
+            if start is not None:
+                x = schedule.add_noise(start, x, float(levels[0]))
+
+            # 5. denoise
+            clock = [time.perf_counter()]
+
+            def after(step: int, sigma: float, x: Float32, clock: list[float] = clock) -> Float32 | None:
+                tell("step", step + 1, len(levels) - 1)
+                report.step_seconds.append(_since(clock))
+                if callback_on_step_end is None:
+                    return None
+                changed = callback_on_step_end(self, step, 1000 * float(levels[step]), {"latents": x})
+                if not isinstance(changed, Mapping) or set(changed) - {"latents"}:
+                    raise ValueError(f"callback_on_step_end must return a dict, of latents or empty: {changed!r:.80}")
+                live = changed.get("latents")
+                return None if live is x else live
+
+            tell("step", 0, len(levels) - 1)
+            with report.phase("denoise"):
+                x = self.denoise(
+                    x, levels, cond, uncond, guidance_scale=guidance, cfg_normalization=cfg_normalization,
+                    cfg_truncation=cfg_truncation, method=method, eta=eta, rng=generator, callback=after,
+                )  # fmt: skip
+
+            # 6. decode
+            if output_type == "latent":
+                images.append(x)
+                continue
+            tell("decode", 0, 1)
+            with report.phase("decode"):
+                picture = self.decode(x)
+            tell("decode", 1, 1)
+            if on_image:
+                on_image(i, seed + i, picture)
+            images.append(image.to_pil(picture) if output_type == "pil" else picture)
+        self._check_unchanged()
+        return Result(images, [seed + i for i in range(num_images_per_prompt)], report)
+
+    # -- inside -------------------------------------------------------------------------------------------------------
+
+    def _components(self) -> tuple[Component, ...]:
+        return self.text_encoder, self.transformer, self.vae
+
+    def _sigmas(
+        self, n: int, explicit: Sequence[float] | None, name: str | None, shift: float | None, width: int, height: int,
+        method: str,
+    ) -> Float32:  # fmt: skip
+        shift = self.default_shift if shift is None else shift
+        if explicit is not None:
+            if self.compat == "sd.cpp":
+                return schedule.explicit(explicit)
+            return schedule.shifted(explicit, shift)
+        if name is None:
+            name = schedule.sd_cpp_default(method) if self.compat == "sd.cpp" else "diffusers"
+        return schedule.sigmas(name, n, shift=shift, n_positions=(height // 8) * (width // 8))
+
+    def _context(self, cond: Conditioning) -> Float32:
+        """The refined caption, once for each conditioning."""
+        module: ZImageTransformer = self.transformer.module
+        if self._key not in cond._refined:
+            n = len(cond.features)
+            with module.context_graph(self.backend, n) as graph:
+                inputs = dict(caption=cond.features, position=net.context_positions(n))
+                cond._refined[self._key] = self._compute("the caption's refiner", graph, **inputs)["context"]
+        return cond._refined[self._key]
+
+    def _velocity(self, x: Float32, sigma: float, context: Float32) -> Float32:
+        """noise - x0 as the network sees it, [16, h, w]."""
+        _, h, w = x.shape
+        padded_x = np.pad(x, ((0, 0), (0, h % 2), (0, w % 2)))  # sizes that are no multiple of 16
+        rows, columns = padded_x.shape[1] // net.PATCH, padded_x.shape[2] // net.PATCH
+        graph = self._step_graph(rows * columns, len(context))
+        position = np.concatenate(
+            [net.image_positions(rows, columns, len(context)), net.context_positions(len(context))], axis=1
+        )
+        t = np.array([net.T_SCALE * (1 - sigma)], np.float32)
+        inputs = dict(patches=net.patchify(padded_x), t=t, context=context, position=position)
+        out = self._compute(f"the transformer at sigma {sigma:.4f}", graph, **inputs)["out"]
+        return -net.unpatchify(out, *padded_x.shape[1:])[:, :h, :w]
+
+    def _step_graph(self, n_patches: int, n_context: int) -> Graph:
+        key = (n_patches, n_context)
+        if key not in self._step_graphs:
+            while len(self._step_graphs) >= 2:  # prompt and negative prompt
+                self._step_graphs.popitem(last=False)[1].close()
+            self._step_graphs[key] = self.transformer.module.step_graph(self.backend, n_patches, n_context)
+        self._step_graphs.move_to_end(key)
+        return self._step_graphs[key]
+
+    def _compute(self, stage: str, graph: Graph, **inputs: Any) -> dict[str, Any]:
+        """Graph.compute; Cancelled when asked to stop, NonFinite naming the stage when a result is not finite."""
+        graph.set(**inputs)
+        self._check_cancelled()  # right before the backend, which from here on is stopped within one operation
+        graph.run()
+        self._check_cancelled()
+        outputs = {name: tensor.numpy() for name, tensor in graph.outputs.items()}
+        for array in outputs.values():
+            if n_bad := array.size - int(np.isfinite(array).sum()):
+                self._check_unchanged()
+                bad = f"; the first bad operation is {first_bad_op(graph)}" if self.find_bad_op else ""
+                raise NonFinite(f"{stage}: {n_bad} of {array.size} values are not finite{bad}")
+        return outputs
+
+    def _check_cancelled(self) -> None:
+        if self._cancelled.is_set():
+            raise Cancelled("the run was cancelled")
+
+    def _check_unchanged(self) -> None:
+        for component in self._components():
+            if changed := component.checkpoint.changed():
+                raise LoadError(f"a file of weights changed while it was used: {changed}", kind="WeightsChanged")
+
+    def _guided(self, guidance_scale: float, both: bool) -> bool:
+        """Whether the negative prompt takes part. Below 0, cfg below 1, stable-diffusion.cpp mixes the two as well."""
+        return both or (guidance_scale != 0 if self.compat == "sd.cpp" else guidance_scale > 0)
+
+
+def check_size(width: int, height: int) -> None:
+    """ValueError unless both sides are multiples of 8 in 16..4096."""
+    for name, side in (("width", width), ("height", height)):
+        if not isinstance(side, int) or not 16 <= side <= MAX_SIDE or side % SIZE_MULTIPLE:
+            raise ValueError(f"{name} must be a multiple of {SIZE_MULTIPLE} in 16..{MAX_SIDE}, not {side}")
+
+
+def _draw(posterior: tuple[Float32, Float32], rng: RNG) -> Float32:
+    """A sample of the posterior, scaled as the transformer takes it."""
+    mean, deviation = posterior
+    return autoencoder_kl.scale_latents(mean + deviation * rng.randn(mean.shape))
+
+
+def _conditioning(values: Conditioning | Float32, pipe: ZImagePipeline) -> Conditioning:
+    if isinstance(values, Conditioning):
+        return values
+    array, dim = np.asarray(values, np.float32), pipe.transformer.module.config.caption_dim
+    if array.ndim != 2 or array.shape[1] != dim or not len(array):
+        raise ValueError(f"prompt embeddings have shape [n_tokens, {dim}], not {array.shape}")
+    if not np.isfinite(array).all():
+        raise ValueError("prompt embeddings hold values that are not finite")
+    return Conditioning(array)
+
+
+def _latents(values: Float32, shape: tuple[int, int, int]) -> Float32:
+    array = np.asarray(values, np.float32)
+    if array.shape != shape:
+        raise ValueError(f"latents for this size have shape {shape}, not {array.shape}")
+    return array
+
+
+def _since(clock: list[float]) -> float:
+    """Seconds since the last call with the same clock."""
+    last, clock[0] = clock[0], time.perf_counter()
+    return clock[0] - last

@@ -1,0 +1,342 @@
+"""Devices, backends that compute on them, and buffers of their memory."""
+
+from __future__ import annotations
+
+import os
+import weakref
+from typing import Any
+
+from .context import Context
+from .errors import GGMLError, OutOfMemory
+from .handle import Handle
+from .lib import ffi, lib, take_log
+from .types import BufferUsage, DeviceType
+
+
+def _text(pointer: Any) -> str:
+    return "" if pointer == ffi.NULL else str(ffi.string(pointer).decode(errors="replace"))
+
+
+class BufferType:
+    """A kind of memory: where a buffer lies and which layout tensors have in it. Lives as long as its device."""
+
+    __slots__ = ("ptr",)
+
+    def __init__(self, ptr: Any) -> None:
+        self.ptr = ptr
+
+    @property
+    def name(self) -> str:
+        return _text(lib.ggml_backend_buft_name(self.ptr))
+
+    @property
+    def is_host(self) -> bool:
+        """True when the processor can read and write the tensors' data directly."""
+        return bool(lib.ggml_backend_buft_is_host(self.ptr))
+
+    @property
+    def alignment(self) -> int:
+        """Bytes that a tensor's data is aligned to."""
+        return int(lib.ggml_backend_buft_get_alignment(self.ptr))
+
+    @property
+    def max_size(self) -> int:
+        """Bytes of the largest single buffer."""
+        return int(lib.ggml_backend_buft_get_max_size(self.ptr))
+
+    @property
+    def memory_free(self) -> int:
+        """Bytes that are free where buffers of this type lie."""
+        device = lib.ggml_backend_buft_get_device(self.ptr)
+        if device != ffi.NULL and not self.is_host:
+            return Device(device).memory[0]
+        import psutil  # ggml says the total for the processor, and knows no device of its plain buffer type
+
+        return int(psutil.virtual_memory().available)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, BufferType) and self.ptr == other.ptr
+
+    def __hash__(self) -> int:
+        return hash(self.ptr)
+
+    def __repr__(self) -> str:
+        return f"<BufferType {self.name}>"
+
+
+class Device:
+    """One device that ggml can compute on. Devices are never freed."""
+
+    __slots__ = ("ptr",)
+
+    def __init__(self, ptr: Any) -> None:
+        self.ptr = ptr
+
+    @classmethod
+    def by_name(cls, name: str) -> Device:
+        """The device of that name, as `devices()` lists it; upper and lower case are the same. GGMLError if none."""
+        for device in devices():
+            if device.name.lower() == name.lower():
+                return device
+        raise GGMLError(f"there is no device {name!r}: this build has {', '.join(d.name for d in devices())}")
+
+    @property
+    def name(self) -> str:
+        return _text(lib.ggml_backend_dev_name(self.ptr))
+
+    @property
+    def description(self) -> str:
+        return _text(lib.ggml_backend_dev_description(self.ptr))
+
+    @property
+    def type(self) -> Any:
+        """A DeviceType: CPU, GPU, IGPU, ACCEL."""
+        return DeviceType(lib.ggml_backend_dev_type(self.ptr))
+
+    @property
+    def memory(self) -> tuple[int, int]:
+        """(free, total) bytes."""
+        free, total = ffi.new("size_t *"), ffi.new("size_t *")
+        lib.ggml_backend_dev_memory(self.ptr, free, total)
+        return int(free[0]), int(total[0])
+
+    @property
+    def maps_host_memory(self) -> bool:
+        """True when a buffer can be made of memory that already exists, such as a mapped file."""
+        props = ffi.new("struct ggml_backend_dev_props *")
+        lib.ggml_backend_dev_get_props(self.ptr, props)
+        return bool(props.caps.buffer_from_host_ptr)
+
+    @property
+    def buffer_type(self) -> BufferType:
+        return BufferType(lib.ggml_backend_dev_buffer_type(self.ptr))
+
+    @property
+    def extra_buffer_types(self) -> list[BufferType]:
+        """Buffer types with layouts of their own, such as CPU_REPACK."""
+        registry = lib.ggml_backend_dev_backend_reg(self.ptr)
+        found = lib.ggml_backend_reg_get_proc_address(registry, b"ggml_backend_dev_get_extra_bufts")
+        if found == ffi.NULL:
+            return []
+        types = ffi.cast("ggml_backend_dev_get_extra_bufts_t", found)(self.ptr)
+        result: list[BufferType] = []
+        while types != ffi.NULL and types[len(result)] != ffi.NULL:
+            result.append(BufferType(types[len(result)]))
+        return result
+
+    def open(self, n_threads: int | None = None) -> Backend:
+        """A backend on this device."""
+        return Backend(self, n_threads)
+
+    def __repr__(self) -> str:
+        return f"<Device {self.name}: {self.description}>"
+
+
+def devices() -> list[Device]:
+    """Every device of every backend that this build has."""
+    return [Device(lib.ggml_backend_dev_get(i)) for i in range(lib.ggml_backend_dev_count())]
+
+
+def physical_cores() -> int:
+    """Cores this process may use, hyper-threads not counted; what the CPU backend takes by default."""
+    import psutil
+
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(usable, psutil.cpu_count(logical=False) or usable))
+
+
+class Backend(Handle):
+    """Computes graphs on one device. A CPU backend has a pool of `n_threads` threads that lives as long as it does.
+
+    GGMLError when the device cannot be opened.
+    """
+
+    def __init__(self, device: Device, n_threads: int | None = None) -> None:
+        ptr = lib.ggml_backend_dev_init(device.ptr, ffi.NULL)
+        if ptr == ffi.NULL:
+            raise GGMLError(f"{device.name} cannot be opened: {take_log() or 'no reason given'}")
+        self.device = device
+        self.n_threads = 0
+        pool = ffi.NULL
+        if device.type == DeviceType.CPU:
+            self.n_threads = n_threads or physical_cores()
+            if not 1 <= self.n_threads <= lib.GGML_MAX_N_THREADS:
+                lib.ggml_backend_free(ptr)
+                raise GGMLError(f"n_threads must be in 1..{lib.GGML_MAX_N_THREADS}, not {self.n_threads}")
+            params = ffi.new("struct ggml_threadpool_params *")
+            lib.ggml_threadpool_params_init(params, self.n_threads)
+            pool = lib.ggml_threadpool_new(params)
+            lib.ggml_backend_cpu_set_n_threads(ptr, self.n_threads)
+            lib.ggml_backend_cpu_set_threadpool(ptr, pool)
+        # The flag that cancel() raises and the compute threads read; lives as long as the C side may look at it.
+        self.cancel_flag = ffi.new("int *", 0)
+        self._own(ptr, _free_backend, ptr, pool, self.cancel_flag)
+        self._watch_flag()
+
+    @classmethod
+    def cpu(cls, n_threads: int | None = None) -> Backend:
+        """A backend on the processor; `n_threads`: physical cores unless said."""
+        ptr = lib.ggml_backend_dev_by_type(DeviceType.CPU)
+        if ptr == ffi.NULL:
+            raise GGMLError("this build has no CPU backend: build again with `python build.py`")
+        return cls(Device(ptr), n_threads)
+
+    def _watch_flag(self) -> None:
+        registry = lib.ggml_backend_dev_backend_reg(self.device.ptr)
+        found = lib.ggml_backend_reg_get_proc_address(registry, b"ggml_backend_set_abort_callback")
+        self.can_cancel = found != ffi.NULL
+        if self.can_cancel:
+            callback = ffi.addressof(lib_of("pyggml_is_cancelled"), "pyggml_is_cancelled")
+            ffi.cast("ggml_backend_set_abort_callback_t", found)(self.ptr, callback, self.cancel_flag)
+
+    def cancel(self) -> None:
+        """Stop the running computation, from any thread; it raises Cancelled within one operation.
+
+        A graph started after this is not affected; where nothing runs nothing happens.
+        """
+        lib.pyggml_set_flag(self.cancel_flag, 1)
+
+    @property
+    def is_cpu(self) -> bool:
+        return self.n_threads > 0
+
+    @property
+    def name(self) -> str:
+        return _text(lib.ggml_backend_name(self.ptr))
+
+    @property
+    def buffer_type(self) -> BufferType:
+        return BufferType(lib.ggml_backend_get_default_buffer_type(self.ptr))
+
+    def __repr__(self) -> str:
+        return f"<Backend {self.device.name}{' closed' if self.closed else f', {self.n_threads} threads'}>"
+
+
+def lib_of(name: str) -> Any:
+    """The opened library that has `name`: what ffi.addressof wants."""
+    for library in getattr(lib, "_opened", [lib]):
+        try:
+            getattr(library, name)
+        except (AttributeError, ffi.error):
+            continue
+        return library
+    raise AttributeError(name)
+
+
+def _free_backend(ptr: Any, pool: Any, flag: Any) -> None:
+    lib.ggml_backend_free(ptr)
+    if pool != ffi.NULL:
+        lib.ggml_threadpool_free(pool)
+
+
+class Buffer(Handle):
+    """A piece of a device's memory that tensors' data lies in.
+
+    `Buffer.allocate` makes one for all tensors of a context that have none; `Buffer.from_memory` wraps memory that
+    exists. The buffer keeps `owner` (a mapping, an array) alive. It cannot be closed while numpy views of it live.
+    """
+
+    def __init__(self, ptr: Any, *, owner: object = None, read_only: bool = False) -> None:
+        self.owner = owner
+        self.read_only = read_only
+        self.views: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._own(ptr, lib.ggml_backend_buffer_free, ptr)
+
+    @classmethod
+    def allocate(
+        cls, context: Context, buffer_type: BufferType, *, weights: bool = False, name: str = "a context"
+    ) -> Buffer | None:
+        """Memory for every tensor of `context` that has no data and is no view; None when nothing is left to allocate.
+
+        Views of tensors placed after them are completed either way. `weights=True` tells ggml's scheduler that
+        operations should run where this buffer is. OutOfMemory naming `name`, the number of tensors, bytes asked and
+        bytes free; then no tensor points into memory that was given back.
+        """
+        # ggml answers NULL both when nothing is left to allocate and when an allocation failed: ask for the size first.
+        n_bytes = int(lib.ggml_backend_alloc_ctx_tensors_from_buft_size(context.ptr, buffer_type.ptr))
+        if n_bytes == 0:
+            _complete_views(context)
+            return None
+        missing = [t for t in context.tensors() if t.ptr.data == ffi.NULL and t.ptr.view_src == ffi.NULL]
+        take_log()
+        ptr = lib.ggml_backend_alloc_ctx_tensors_from_buft(context.ptr, buffer_type.ptr)
+        if ptr == ffi.NULL:
+            for tensor in missing:  # an earlier piece of the memory may have been given out, and is freed again
+                tensor.ptr.data = tensor.ptr.buffer = ffi.NULL
+            for tensor in context.tensors():
+                if tensor.ptr.view_src != ffi.NULL and tensor.ptr.view_src.data == ffi.NULL:
+                    tensor.ptr.data = tensor.ptr.buffer = ffi.NULL
+            raise OutOfMemory(
+                f"{name}: {buffer_type.name} could not allocate {n_bytes} bytes for {len(missing)} tensors, "
+                f"{buffer_type.memory_free} bytes are free; {take_log() or 'no reason given'}"
+            )
+        buffer = cls(ptr)
+        context.buffers.append(buffer)
+        if weights:
+            lib.ggml_backend_buffer_set_usage(buffer.ptr, BufferUsage.WEIGHTS)
+        _complete_views(context)
+        return buffer
+
+    @classmethod
+    def from_memory(
+        cls, device: Device, address: int, n_bytes: int, *, owner: object, largest: int = 0, read_only: bool = True
+    ) -> Buffer:
+        """A buffer of `n_bytes` that exist at `address` and belong to `owner`; `largest`: bytes of the largest tensor.
+
+        GGMLError when the device cannot use host memory (see Device.maps_host_memory) or the address is not aligned.
+        """
+        if not device.maps_host_memory:
+            raise GGMLError(f"{device.name} cannot use memory of the host as its own")
+        if address % 32:
+            raise GGMLError(f"memory at {address:#x} is not aligned to 32 bytes")
+        ptr = lib.ggml_backend_dev_buffer_from_host_ptr(
+            device.ptr, ffi.cast("void *", address), n_bytes, largest or n_bytes
+        )
+        if ptr == ffi.NULL:
+            reason = take_log() or "no reason given"
+            raise OutOfMemory(f"{device.name} could not take {n_bytes} bytes of host memory: {reason}")
+        return cls(ptr, owner=owner, read_only=read_only)
+
+    def place(self, tensor: Any, offset: int) -> None:
+        """Point `tensor` (without data) at `offset` bytes into the buffer. GGMLError when it does not fit in there."""
+        from .tensor import Tensor
+
+        assert isinstance(tensor, Tensor)
+        if tensor.has_data:
+            raise GGMLError(f"{tensor!r} has data already")
+        if not 0 <= offset <= self.n_bytes - tensor.n_bytes:
+            raise GGMLError(f"{tensor!r}: {tensor.n_bytes} bytes at {offset} leave a buffer of {self.n_bytes}")
+        base = int(ffi.cast("uintptr_t", lib.ggml_backend_buffer_get_base(self.ptr)))
+        status = lib.ggml_backend_tensor_alloc(self.ptr, tensor.ptr, ffi.cast("void *", base + offset))
+        if status != 0:
+            raise GGMLError(f"{tensor!r} could not be placed: {_text(lib.ggml_status_to_string(status))}")
+        if self not in tensor.ctx.buffers:
+            tensor.ctx.buffers.append(self)
+
+    def holds(self, tensor_ptr: Any) -> bool:
+        """True when the raw tensor's data lies in this buffer."""
+        return not self.closed and bool(tensor_ptr.buffer == self.ptr)
+
+    @property
+    def n_bytes(self) -> int:
+        return int(lib.ggml_backend_buffer_get_size(self.ptr))
+
+    @property
+    def is_host(self) -> bool:
+        return bool(lib.ggml_backend_buffer_is_host(self.ptr))
+
+    def close(self) -> None:
+        """Free the memory. GGMLError while numpy views of it live."""
+        if not self.closed and len(self.views):
+            raise GGMLError(f"{len(self.views)} numpy views of this buffer are alive: drop them first")
+        super().close()
+
+
+def _complete_views(context: Context) -> None:
+    """Give data to views whose source has been placed since they were made."""
+    for tensor in context.tensors():
+        source = tensor.ptr.view_src
+        if source != ffi.NULL and tensor.ptr.buffer == ffi.NULL and source.buffer != ffi.NULL:
+            status = lib.ggml_backend_view_init(tensor.ptr)
+            if status != 0:
+                raise GGMLError(f"the view {tensor.name!r} could not be completed: status {status}")

@@ -1,0 +1,111 @@
+"""Operations of our own, in C (conv.c, gemm.c, attention.c), for the CPU: where ggml's are far slower or larger."""
+
+from __future__ import annotations
+
+from ..errors import ShapeError
+from ..lib import ffi, lib
+from ..tensor import Tensor
+from ..types import Type
+from .node import NULL, graph_of, refuse
+
+_KERNELS = (Type.F32, Type.F16, Type.BF16)
+
+
+def conv_2d_3x3(kernel: Tensor, x: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+    """A 3x3 convolution with padding 1 and stride 1, plus `bias` and `residual`, by Winograd's F(4x4, 3x3).
+
+    x: f32 [W, H, IC, N], contiguous; kernel: f32, f16 or bf16 [3, 3, IC, OC]; bias: f32 [OC]; residual and result: f32
+    [W, H, OC, N]. Error against exact arithmetic about 2e-6 of the output (rms), as a plain f32 sum has 1e-6.
+    ShapeError when shapes or types differ from that, or the graph is not the CPU's.
+    """
+    width, height, channels, n = x.ne
+    if kernel.ne[:3] != (3, 3, channels) or kernel.type not in _KERNELS or not kernel.is_contiguous:
+        wanted = f"[3, 3, {channels}, n_out]"
+        raise ShapeError(f"conv_2d_3x3: {kernel!r} is no contiguous f32, f16 or bf16 kernel of ne {wanted}")
+    if x.type is not Type.F32 or not x.is_contiguous:
+        raise ShapeError(f"conv_2d_3x3: {x!r} is not f32 and contiguous")
+    n_out = kernel.ne[3]
+    if bias is not None and (bias.type is not Type.F32 or bias.ne != (n_out, 1, 1, 1)):
+        raise ShapeError(f"conv_2d_3x3: {bias!r} is no f32 bias of ne [{n_out}]")
+    if residual is not None and (
+        residual.type is not Type.F32 or residual.ne != (width, height, n_out, n) or not residual.is_contiguous
+    ):
+        wanted = f"[{width}, {height}, {n_out}, {n}]"
+        raise ShapeError(f"conv_2d_3x3: {residual!r} is no contiguous f32 tensor of ne {wanted}")
+    graph = graph_of(*(t for t in (x, kernel, bias, residual) if t is not None))
+    _check_cpu("conv_2d_3x3", graph)
+    ptr = lib.py_pyggml_conv2d_3x3(
+        graph.ptr, x.ptr, kernel.ptr, NULL if bias is None else bias.ptr, NULL if residual is None else residual.ptr,
+        graph.backend.n_threads,
+    )  # fmt: skip
+    if ptr == ffi.NULL:
+        refuse("conv_2d_3x3", (x, kernel, bias, residual), ())
+    return Tensor(ptr, graph)
+
+
+def group_norm_scaled(
+    x: Tensor, weight: Tensor, bias: Tensor, n_groups: int, eps: float = 1e-6, *, silu: bool = False
+) -> Tensor:
+    """Group norm, then weight * y + bias for each channel, then SiLU when asked: one pass instead of four.
+
+    x: f32 [W, H, C, N], contiguous; weight, bias: f32 [C]; n_groups divides C. Result like x.
+    ShapeError when shapes or types differ from that, or the graph is not the CPU's.
+    """
+    channels = x.ne[2]
+    if x.type is not Type.F32 or not x.is_contiguous:
+        raise ShapeError(f"group_norm_scaled: {x!r} is not f32 and contiguous")
+    if n_groups < 1 or channels % n_groups:
+        raise ShapeError(f"group_norm_scaled: {channels} channels do not divide into {n_groups} groups")
+    for tensor in (weight, bias):
+        if tensor.type is not Type.F32 or tensor.ne != (channels, 1, 1, 1):
+            raise ShapeError(f"group_norm_scaled: {tensor!r} is not f32 of ne [{channels}]")
+    graph = graph_of(x, weight, bias)
+    _check_cpu("group_norm_scaled", graph)
+    ptr = lib.py_pyggml_group_norm(graph.ptr, x.ptr, weight.ptr, bias.ptr, n_groups, eps, silu)
+    if ptr == ffi.NULL:
+        refuse("group_norm_scaled", (x, weight, bias), (n_groups, eps, silu))
+    return Tensor(ptr, graph)
+
+
+def mul_mat_fast(w: Tensor, x: Tensor) -> Tensor | None:
+    """mul_mat(w, x) by our own kernel, or None where ggml's is at least as good: ask each time.
+
+    w: q8_0 or q4_K [K, N]; x: f32 [K, M, ...], contiguous; result: f32 [N, M, ...]. For x86 processors with AVX2 or
+    AVX-512; as exact as ggml's (q4_K), or more (q8_0: activations keep 16 bits instead of 8).
+    """
+    graph = graph_of(w, x)
+    if not graph.backend.is_cpu or not lib.pyggml_mul_mat_fits(w.ptr, x.ptr):
+        return None
+    ptr = lib.py_pyggml_mul_mat(graph.ptr, w.ptr, x.ptr)
+    if ptr == ffi.NULL:
+        refuse("mul_mat_fast", (w, x))
+    return Tensor(ptr, graph)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """softmax(scale q kᵀ) v for each head, in f32 and without a mask.
+
+    q: f32 [D, n_heads, n_q], D a multiple of 32; k, v: f32 [D, n_kv_heads, n_kv], n_heads a multiple of n_kv_heads:
+    consecutive heads share one. All may be views with rows of their own strides. Result: f32 [D, n_heads, n_q].
+    ShapeError when shapes or types differ from that, or the graph is not the CPU's.
+    """
+    d, n_heads, _, batch = q.ne
+    n_kv_heads = k.ne[1]
+    if k.ne != v.ne or (k.ne[0], k.ne[3], batch) != (d, 1, 1) or d % 32 or not n_kv_heads or n_heads % n_kv_heads:
+        raise ShapeError(f"attention: {q!r}, {k!r} and {v!r} do not go together")
+    if any(t.type is not Type.F32 or t.nb[0] != 4 for t in (q, k, v)):
+        raise ShapeError("attention: q, k and v must be f32 with their heads' elements side by side")
+    graph = graph_of(q, k, v)
+    _check_cpu("attention", graph)
+    ptr = lib.py_pyggml_attention(graph.ptr, q.ptr, k.ptr, v.ptr, scale, graph.backend.n_threads)
+    if ptr == ffi.NULL:
+        refuse("attention", (q, k, v), (scale,))
+    return Tensor(ptr, graph)
+
+
+def _check_cpu(name: str, graph: object) -> None:
+    from ..graph import Graph
+
+    assert isinstance(graph, Graph)
+    if not graph.backend.is_cpu:
+        raise ShapeError(f"{name} is computed by the CPU only, this graph is {graph.backend.device.name}'s")

@@ -1,0 +1,51 @@
+"""What there is: versions, devices, and what a checkpoint holds."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+
+def versions() -> str:
+    """One line: ours, ggml's, Python's, the machine."""
+    import platform
+
+    from pyggml import __version__
+    from pyggml.lib import ffi, lib
+
+    ggml = ffi.string(lib.ggml_version()).decode()
+    return f"pyggml {__version__}, ggml {ggml}, Python {platform.python_version()}, {platform.machine()}"
+
+
+def show_files(paths: Sequence[str], as_json: bool) -> int:
+    """Print what each checkpoint is; a file that is none stops at its error."""
+    from loader.describe import describe_path
+
+    if as_json:
+        print(json.dumps([describe_path(path).to_dict() for path in paths], indent=1, ensure_ascii=False))
+        return 0
+    for i, path in enumerate(paths):
+        print("\n" * (i > 0) + str(describe_path(path)))
+    return 0
+
+
+def list_devices(as_json: bool) -> int:
+    """Print name, description and memory of each device; name and description as sd-cli's --list-devices."""
+    from pyggml import devices
+
+    rows = []
+    for device in devices():
+        free, total = device.memory
+        rows.append(
+            {
+                "name": device.name, "description": device.description, "type": device.type.name.lower(),
+                "memory_free": free, "memory_total": total, "maps_files": device.maps_host_memory,
+                "buffer_types": [device.buffer_type.name, *(b.name for b in device.extra_buffer_types)],
+            }
+        )  # fmt: skip
+    if as_json:
+        print(json.dumps(rows, indent=1))
+    else:
+        for row in rows:
+            print(f"{row['name']}\t{row['description']}")
+    return 0

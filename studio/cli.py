@@ -1,0 +1,172 @@
+"""The command `pyggml`: generate, inspect, devices. Options are spelled as in stable-diffusion.cpp's sd-cli.
+
+Exit codes: 0; 2 for bad input or a bad file, with one line `error: ...` on stderr; 1 when we fail; 130 after Ctrl-C.
+Nothing heavy is imported before a command runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import os
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        print(f"error: {message} (see {self.prog} --help)", file=sys.stderr)
+        raise SystemExit(BAD_INPUT)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of all commands; SystemExit with code 2 and one line for options that are not ours."""
+    parser = _Parser(
+        prog="pyggml", description="Draw pictures with Z-Image on ordinary machines.", allow_abbrev=False
+    )
+    parser.add_argument("--version", action="store_true", help="print versions and exit")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=_Parser)
+    _add_generate(commands.add_parser("generate", help="draw a picture", description=_GENERATE, allow_abbrev=False))
+    inspect = commands.add_parser("inspect", help="say what checkpoints are, without loading them", allow_abbrev=False)
+    inspect.add_argument("files", nargs="+", metavar="FILE", help="a gguf or safetensors file, an index, or a folder")
+    inspect.add_argument("--json", action="store_true", help="as a JSON list")
+    inspect.add_argument("-v", "--verbose", action="store_true", help="a traceback when something fails")
+    devices = commands.add_parser("devices", help="list what this build can compute on", allow_abbrev=False)
+    devices.add_argument("--json", action="store_true", help="as a JSON list")
+    devices.add_argument("-v", "--verbose", action="store_true", help="a traceback when something fails")
+    return parser
+
+
+_GENERATE = """Draw a picture. Without model options the small demo model is used, which knows one or two shapes on a
+background, such as "a large red circle on a blue background"."""
+
+
+def _add_generate(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("prompt", nargs="?", metavar="PROMPT", help="what to draw")
+    add("-p", "--prompt", dest="prompt_option", metavar="PROMPT", help="the same, as sd-cli spells it")
+    add("-o", "--output", default="output.png", metavar="FILE", help="PNG to write; %%d is the number (output.png)")
+    models = parser.add_argument_group("models")
+    models.add_argument("--diffusion-model", metavar="FILE", help="Z-Image transformer: gguf, safetensors or a folder")
+    models.add_argument("--llm", metavar="FILE", help="Qwen3 text encoder")
+    models.add_argument("--vae", metavar="FILE", help="Flux autoencoder")
+    models.add_argument("--mmap", action=argparse.BooleanOptionalAction, default=True,
+                        help="leave weights in the mapped files (default), or read them into memory")  # fmt: skip
+    models.add_argument("--compat", choices=("diffusers", "sd.cpp"), default="diffusers",
+                        help="whose rules to follow where the two differ (docs/parity.md)")  # fmt: skip
+    picture = parser.add_argument_group("picture")
+    picture.add_argument("-n", "--negative-prompt", default="", metavar="TEXT", help="what to keep out (cfg-scale > 1)")
+    picture.add_argument("-W", "--width", type=int, metavar="PX", help="a multiple of 8; the model's own size")
+    picture.add_argument("-H", "--height", type=int, metavar="PX", help="a multiple of 8")
+    picture.add_argument("-s", "--seed", type=int, default=42, metavar="N", help="42; below 0: a random one")
+    picture.add_argument("-b", "--batch-count", type=int, default=1, metavar="N", help="pictures, with seeds N, N+1...")
+    picture.add_argument("-i", "--init-img", metavar="FILE", help="start from this picture")
+    picture.add_argument("--strength", type=float, metavar="X", help="how much of it to forget, 0..1 (0.75)")
+    steps = parser.add_argument_group("sampling")
+    steps.add_argument("--steps", type=int, metavar="N", help="8")
+    steps.add_argument("--cfg-scale", type=float, default=1.0, metavar="X", help="guidance; 1 = off (default)")
+    steps.add_argument("--sampling-method", default="euler", metavar="NAME", help="euler; an unknown name lists all")
+    steps.add_argument("--scheduler", metavar="NAME", help="the noise levels' schedule; an unknown name lists all")
+    steps.add_argument("--sigmas", metavar="A,B,...,0", help="noise levels instead of a schedule")
+    steps.add_argument("--flow-shift", type=float, metavar="X", help="3 (Z-Image-Turbo); 6 for Z-Image")
+    steps.add_argument("--eta", type=float, metavar="X", help="noise put back by ancestral methods")
+    steps.add_argument("--rng", choices=("cpu", "cuda"), help="cpu draws noise as torch on CPU, cuda as on CUDA")
+    running = parser.add_argument_group("running")
+    running.add_argument("-t", "--threads", type=int, metavar="N", help="physical cores unless given")
+    running.add_argument("--report", metavar="FILE", help="write seconds, weights and memory as JSON")
+    running.add_argument("--find-bad-op", action="store_true", help="name the first operation that is not finite")
+    running.add_argument("--disable-image-metadata", action="store_true", help="no `parameters` text in the PNG")
+    running.add_argument("-v", "--verbose", action="store_true", help="say what is loaded and done")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code."""
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    if args.version:
+        from .about import versions
+
+        print(versions())
+        return 0
+    if args.command is None:
+        parser.print_help()
+        return 0
+    if args.verbose:
+        _log_to_stderr()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # file names may be no UTF-8
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        code = _run(args)
+        sys.stdout.flush()
+        return code
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        # Who read our output has gone; the interpreter's own flush at exit must not say so again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
+    except Exception as error:
+        if args.verbose:
+            import traceback
+
+            traceback.print_exc()
+        code, text = _explain(error)
+        print(f"error: {text}", file=sys.stderr)
+        return code
+
+
+def _run(args: argparse.Namespace) -> int:
+    if args.command == "generate":
+        import faulthandler
+
+        if sys.__stderr__ is not None:  # should ggml end the process, the line that called it is printed
+            faulthandler.enable(sys.__stderr__)
+        from .generate import generate
+
+        return generate(args)
+    from .about import list_devices, show_files
+
+    return show_files(args.files, args.json) if args.command == "inspect" else list_devices(args.json)
+
+
+def _explain(error: Exception) -> tuple[int, str]:
+    """(exit code, one line) for an exception."""
+    if isinstance(error, ImportError):  # not built, or not installed
+        return FAILED, " ".join(str(error).split())
+    from pyggml.errors import Cancelled, GGMLError
+
+    text = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, Cancelled):
+        return INTERRUPTED, text
+    if isinstance(error, OSError) and error.filename is not None:
+        return BAD_INPUT, f"{error.filename}: {error.strerror}"
+    if isinstance(error, OSError) and error.strerror:  # a full disk, for one
+        return FAILED, error.strerror
+    from loader.errors import LoadError
+
+    if isinstance(error, LoadError) or (isinstance(error, ValueError) and not isinstance(error, GGMLError)):
+        return BAD_INPUT, text
+    if isinstance(error, GGMLError):
+        return FAILED, text
+    return FAILED, f"{type(error).__name__}: {text} (this is a fault of pyggml; -v shows where)"
+
+
+def _log_to_stderr() -> None:
+    """Lines in the form that stable-diffusion.cpp prints."""
+    import logging
+
+    logging.addLevelName(logging.WARNING, "WARN")
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("[%(levelname)-5s] %(filename)s:%(lineno)-4d - %(message)s"))
+    root = logging.getLogger("pyggml")
+    root.addHandler(handler)
+    root.setLevel(logging.DEBUG)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,254 @@
+"""`pyggml generate`: from the options of the command line to files."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import secrets
+import sys
+import tempfile
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+DEMO = Path(__file__).parent / "demo"
+DEMO_FILES = ("z_image_demo.gguf", "qwen3_demo.gguf", "ae_demo.safetensors")
+INIT_STRENGTH = 0.75  # sd-cli's
+
+
+def generate(args: argparse.Namespace) -> int:
+    """Draw what `args` asks for. What can be wrong with them is said before a model is loaded."""
+    prompt = _prompt(args)
+    files = _models(args)
+    _check(args)
+    outputs = _outputs(args.output, args.batch_count)
+    report = Path(args.report) if args.report else None
+    for path in [*outputs, report] if report else outputs:
+        _check_writable(path)
+    width, height = _side("width", args.width), _side("height", args.height)
+    seed = secrets.randbelow(2**31) if args.seed < 0 else args.seed
+    strength = INIT_STRENGTH if args.strength is None else args.strength
+    sigmas = _check_sampling(args, width, height, seed, strength)
+    shift = args.flow_shift
+    if sigmas and args.compat != "sd.cpp":  # diffusers would shift them and put the 0 at the end itself
+        sigmas, shift = sigmas[:-1], 1.0
+
+    import models
+    from models.image import write_png, write_whole
+
+    start = time.perf_counter()
+    # numpy and the native library are loaded by now; what follows is the models' own time.
+    written: list[Path] = []
+    with _Bars(args.batch_count) as bars:
+        bars("load", 0, 1)
+        pipe = models.load(
+            *files, n_threads=args.threads, mmap=args.mmap, compat=args.compat, encoder=args.init_img is not None
+        )
+        bars("load", 1, 1)
+        loaded = time.perf_counter() - start
+        n_steps = args.steps or pipe.default_steps
+
+        def save(i: int, used_seed: int, picture: Any) -> None:
+            text = "" if args.disable_image_metadata else parameters(args, prompt, used_seed, picture.shape, n_steps)
+            write_png(outputs[i], picture, text)
+            written.append(outputs[i])
+
+        with pipe:
+            pipe.find_bad_op = args.find_bad_op
+            result = pipe(
+                prompt, negative_prompt=args.negative_prompt, width=width, height=height,
+                num_inference_steps=args.steps, guidance_scale=args.cfg_scale - 1, sigmas=sigmas,
+                scheduler=args.scheduler, shift=shift, method=args.sampling_method, eta=args.eta, seed=seed,
+                num_images_per_prompt=args.batch_count, rng=args.rng, init_image=args.init_img, strength=strength,
+                output_type="np", progress=bars, on_image=save,
+            )  # fmt: skip
+    if report:
+        data = result.report.to_dict()
+        data["seconds"] = {"load": loaded, **data["seconds"], "total": time.perf_counter() - start}
+        data |= {"images": [str(path) for path in written], "seeds": result.seeds}
+        write_whole(report, (json.dumps(data, indent=1) + "\n").encode())
+    for path in written:
+        print(path)
+    return 0
+
+
+def _prompt(args: argparse.Namespace) -> str:
+    if args.prompt is not None and args.prompt_option is not None:
+        raise ValueError("the prompt is given twice, as an argument and with -p")
+    prompt = args.prompt if args.prompt_option is None else args.prompt_option
+    if prompt is None:
+        raise ValueError("what to draw? Give a prompt, such as: pyggml generate 'a red circle on a blue background'")
+    for name, text in (("prompt", prompt), ("negative prompt", args.negative_prompt)):
+        # Bytes of the command line that are no UTF-8 arrive as halves of surrogate pairs.
+        if any("\ud800" <= c <= "\udfff" for c in text):
+            raise ValueError(f"the {name} is no valid UTF-8 text")
+    return str(prompt)
+
+
+def _models(args: argparse.Namespace) -> tuple[str, str, str]:
+    """The three files: all given, or all the demo's, which then stand in `args`."""
+    names = ("diffusion_model", "llm", "vae")
+    missing = [f"--{name.replace('_', '-')}" for name in names if not getattr(args, name)]
+    if len(missing) == len(names):
+        args.diffusion_model, args.llm, args.vae = (str(DEMO / name) for name in DEMO_FILES)
+    elif missing:
+        raise ValueError(f"{' and '.join(missing)} missing: a model is three files (or none of them, for the demo)")
+    return args.diffusion_model, args.llm, args.vae
+
+
+def _check(args: argparse.Namespace) -> None:
+    lowest = 0 if args.compat == "sd.cpp" else 1  # below 1 stable-diffusion.cpp mixes in the negative prompt
+    if not lowest <= args.cfg_scale < 1000:
+        raise ValueError(f"--cfg-scale must be in {lowest}..1000, where 1 is off, not {args.cfg_scale}")
+    if args.negative_prompt and args.cfg_scale == 1:
+        print("warning: --negative-prompt has no effect with --cfg-scale 1", file=sys.stderr)
+    if args.steps is not None and not 1 <= args.steps <= 1000:
+        raise ValueError(f"--steps must be in 1..1000, not {args.steps}")
+    if not 1 <= args.batch_count <= 1000:
+        raise ValueError(f"--batch-count must be in 1..1000, not {args.batch_count}")
+    if args.threads is not None and args.threads > 512:
+        raise ValueError(f"--threads must be at most 512, not {args.threads}")
+    if args.threads is not None and args.threads < 1:
+        args.threads = None  # as sd-cli: physical cores
+    if args.seed >= 2**63:
+        raise ValueError(f"--seed must be below 2^63, not {args.seed}")
+    if args.strength is not None and args.init_img is None:
+        raise ValueError("--strength needs --init-img, the picture that it is about")
+    if args.flow_shift is not None and not 0 < args.flow_shift < 1000:
+        raise ValueError(f"--flow-shift must be above 0 and below 1000, not {args.flow_shift}")
+
+
+def _check_writable(path: Path) -> None:
+    """Try it with such a file as will be written: permissions say little of full or odd file systems."""
+    if path.is_dir():
+        raise ValueError(f"{path} cannot be written: it is a folder")
+    try:
+        with tempfile.NamedTemporaryFile(prefix=f".{path.name}.", suffix=".part", dir=path.parent):
+            pass
+    except OSError as error:
+        raise ValueError(f"{path} cannot be written: {error.strerror}") from None
+
+
+def _check_sampling(
+    args: argparse.Namespace, width: int | None, height: int | None, seed: int, strength: float
+) -> list[float] | None:
+    """What the pipeline would refuse, before models are loaded. Returns the noise levels of --sigmas, if given."""
+    from models import image, sampler, schedule
+    from models.rng import make_rng
+    from models.z_image.pipeline import ZImagePipeline, check_size
+
+    check_size(64 if width is None else width, 64 if height is None else height)
+    sampler.find_sampler(args.sampling_method, args.eta)
+    make_rng(args.rng or "cpu", seed + args.batch_count - 1)
+    if args.sigmas:
+        levels = schedule.explicit(_numbers("--sigmas", args.sigmas))
+    else:
+        levels = schedule.sigmas(args.scheduler or "diffusers", args.steps or ZImagePipeline.default_steps)
+    if args.init_img is not None:
+        schedule.after_strength(levels, strength, compat="sd.cpp" if args.compat == "sd.cpp" else None)
+        image.read_image(args.init_img, 16, 16)
+    return levels.tolist() if args.sigmas else None
+
+
+def _side(name: str, pixels: int | None) -> int | None:
+    """sd-cli's rule: up to the next multiple of 8."""
+    if pixels is None or pixels % 8 == 0 or pixels <= 0:
+        return pixels
+    rounded = -(-pixels // 8) * 8
+    print(f"warning: {name} {pixels} is no multiple of 8, {rounded} is used", file=sys.stderr)
+    return rounded
+
+
+def _numbers(option: str, text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"{option} wants numbers with commas between them, not {text!r}") from None
+
+
+def _outputs(pattern: str, n: int) -> list[Path]:
+    """Where the pictures go: %d (or %03d) is the number; else several get _0, _1, ... before the suffix."""
+    path = Path(pattern)
+    if path.suffix.lower() != ".png":
+        raise ValueError(f"--output must end in .png, not {path.name!r}")
+    if number := re.search(r"%0?\d?d", path.name):
+        return [path.with_name(path.name.replace(number[0], number[0] % i)) for i in range(n)]
+    return [path] if n == 1 else [path.with_stem(f"{path.stem}_{i}") for i in range(n)]
+
+
+def parameters(args: argparse.Namespace, prompt: str, seed: int, shape: tuple[int, ...], n_steps: int) -> str:
+    """The `parameters` text of AUTOMATIC1111's tools: prompt, negative prompt, settings."""
+    from pyggml import __version__
+
+    settings: dict[str, object] = {
+        "Steps": args.sigmas.count(",") if args.sigmas else n_steps, "CFG scale": args.cfg_scale, "Seed": seed,
+        "Size": f"{shape[1]}x{shape[0]}", "Model": Path(args.diffusion_model).stem,
+        "RNG": args.rng or ("cuda" if args.compat == "sd.cpp" else "cpu"),
+        "Sampler": f"{args.sampling_method} {args.scheduler or ''}".strip(),
+    }  # fmt: skip
+    if args.flow_shift:
+        settings["Shift"] = args.flow_shift
+    if args.sigmas:
+        settings["Custom Sigmas"] = f"[{args.sigmas}]"
+    if args.init_img:
+        settings["Denoising strength"] = INIT_STRENGTH if args.strength is None else args.strength
+    settings |= {"TE": Path(args.llm).name, "Unet": Path(args.diffusion_model).name, "VAE": Path(args.vae).name}
+    settings["Version"] = f"pyggml {__version__}"
+    lines = [prompt]
+    if args.negative_prompt:
+        lines.append(f"Negative prompt: {args.negative_prompt}")
+    lines.append(", ".join(f"{key}: {_quoted(str(value))}" for key, value in settings.items()))
+    return "\n".join(lines)
+
+
+def _quoted(value: str) -> str:
+    """A value as those tools read it: in quotes where it holds what separates values."""
+    value = value.encode(errors="replace").decode()  # of file names that are no UTF-8
+    return json.dumps(value, ensure_ascii=False) if any(c in value for c in ',:"\n') else value
+
+
+def _screen() -> dict[str, Any]:
+    """Size of the terminal on stderr, as tqdm's options; some say 0, and tqdm would then show nothing."""
+    try:
+        size = os.get_terminal_size(sys.stderr.fileno())
+    except (OSError, ValueError):
+        size = os.terminal_size((80, 24))
+    return {"ncols": size.columns or 80, "nrows": size.lines or 24}
+
+
+class _Bars:
+    """A progress bar for each phase, on a terminal; nothing elsewhere."""
+
+    FORMAT = "{desc:14} {bar} {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_inv_fmt}]"
+
+    def __init__(self, n_images: int) -> None:
+        self.n_images = n_images
+        self.image = 0
+        self._bar: Any = None
+
+    def __call__(self, phase: str, done: int, total: int) -> None:
+        from tqdm import tqdm
+
+        if done == 0:
+            self._end()
+            name = f"{phase} {self.image + 1}/{self.n_images}" if phase == "step" and self.n_images > 1 else phase
+            self._bar = tqdm(total=total, desc=name, bar_format=self.FORMAT, disable=None, **_screen())
+        elif self._bar is not None:
+            self._bar.update(done - self._bar.n)
+            if done == total:
+                self._end()
+                self.image += phase == "decode"
+
+    def _end(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+    def __enter__(self) -> _Bars:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self._end()

@@ -1,0 +1,406 @@
+"""Make the golden files of this folder: tiny random models of the reference implementations, and what they compute.
+
+    python tests/golden/make.py [FOLDER]          needs torch, diffusers, transformers; takes seconds, no network
+
+Each file is an .npz of plain arrays; `json` arrays hold settings. Models share their sizes, so that the pipeline file
+stores no weights: it runs the three models of the other files.
+
+    z_image_transformer.npz   config, weights/<diffusers name>, and two cases a (pads everywhere), b (no pads):
+                              <case>/{latents [16,H,W], t, cap [L,64], out [16,H,W]}, a/block/<name> [tokens, 64]
+                              (image tokens first, then caption, as diffusers joins them)
+    qwen3.npz                 config, weights/<HF name>, <case>/{ids [L], hidden_2, hidden_3 [L,64]};
+                              hidden_k is HF's hidden_states[-k]
+    autoencoder_kl.npz        config, weights/<diffusers name>, {latents [16,h,w], decoded [3,H,W]} (latents as the
+                              decoder takes them, unscaled) and {pixels [3,H,W] in [-1,1], mean, logvar [16,h,w]}
+    schedules.npz             shift_<s>/<n>: the n+1 sigmas of the Z-Image pipelines
+    noise.npz                 seed_<s>/<n>: torch.randn of a fresh CPU generator; mixed/<i>: calls on one generator
+    pipeline.npz              tokenizer (a tokenizer.json), runs: settings and results of whole pipelines
+
+Weights are multiples of a power of two with few bits: the same in f16 and bf16, and the files stay small.
+Norms, biases and pad tokens are random too, so that a forgotten one shows; what goes into q/k norms and into the second
+norms of the autoencoder is small, so that a wrong epsilon shows.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import sys
+import zipfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import (
+    AutoencoderKL,
+    FlowMatchEulerDiscreteScheduler,
+    ZImageImg2ImgPipeline,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
+)
+from diffusers.models.transformers.transformer_z_image import TimestepEmbedder
+from diffusers.pipelines.z_image.pipeline_z_image import get_default_z_image_sigmas
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3Model
+
+Arrays = dict[str, np.ndarray]
+
+DIM = 64
+SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+WORDS = ("user", "assistant", " red", " circle", " blue")
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+STEPS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 15, 20, 25, 28, 30, 40, 50)
+SEEDS = (0, 42, 123456789, 2**32 + 5)
+SIZES = (1, 2, 7, 15, 16, 17, 31, 64, 100, 2240)
+MIXED = (7, 16, 3, 33, 1, 2)
+
+
+# -- weights ---------------------------------------------------------------------------------------------------------
+
+
+def randomize(module: torch.nn.Module, seed: int, levels: float = 4.0) -> None:
+    """Fill every parameter: matrices with std 1/sqrt(fan in), norms around 1, biases and tokens around 0.
+
+    `levels` is how many steps of the grid one standard deviation spans: fewer make smaller files.
+    """
+    rng = np.random.default_rng(seed)
+    for name, p in module.named_parameters():
+        shape = tuple(p.shape)
+        if name.endswith("pad_token"):
+            mean, std = 0.0, 1.0
+        elif len(shape) >= 2 and "embed_tokens" not in name:
+            mean, std = 0.0, 1.0 / math.sqrt(math.prod(shape[1:]))
+        elif name.endswith("bias"):
+            mean, std = 0.0, 0.2
+        elif "norm" in name or name.startswith("cap_embedder.0"):
+            mean, std = 1.0, 0.25
+        else:
+            mean, std = 0.0, 1.0
+        step = 2.0 ** round(math.log2(std / levels))
+        values = np.clip(np.rint(rng.standard_normal(shape) * std / step), -4 * levels, 4 * levels)
+        p.data = torch.from_numpy((mean + values * step).astype(np.float32))
+
+
+def weights(module: torch.nn.Module) -> Arrays:
+    return {f"weights/{name}": t.detach().numpy() for name, t in module.state_dict().items()}
+
+
+def gaussian(seed: int, *shape: int) -> torch.Tensor:
+    return torch.from_numpy(np.random.default_rng(seed).standard_normal(shape).astype(np.float32))
+
+
+def shrink(module: torch.nn.Module, endings: tuple[str, ...], factor: float) -> None:
+    """Scale parameters by a power of two, to bring the variance before a norm near that norm's epsilon."""
+    for name, p in module.named_parameters():
+        if name.endswith(endings):
+            p.data *= factor
+
+
+def text(value: Mapping[str, object]) -> np.ndarray:
+    return np.array(json.dumps({k: v for k, v in value.items() if not k.startswith("_")}, sort_keys=True))
+
+
+# -- the models ------------------------------------------------------------------------------------------------------
+
+
+def make_transformer() -> ZImageTransformer2DModel:
+    model = ZImageTransformer2DModel(
+        in_channels=16,
+        dim=DIM,
+        n_layers=2,
+        n_refiner_layers=2,
+        n_heads=2,
+        n_kv_heads=2,
+        cap_feat_dim=DIM,
+        axes_dims=[8, 12, 12],
+        axes_lens=[128, 32, 32],
+    )
+    # diffusers fixes the hidden width of the time MLP to 1024, a megabyte; the width is no part of the arithmetic
+    model.t_embedder = TimestepEmbedder(DIM, mid_size=128)
+    randomize(model, seed=1)
+    shrink(model, ("to_q.weight", "to_k.weight"), 2**-5)
+    return model.eval()
+
+
+def make_text_encoder() -> Qwen3Model:
+    config = Qwen3Config(
+        vocab_size=288,
+        hidden_size=DIM,
+        intermediate_size=96,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        rms_norm_eps=1e-6,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+        max_position_embeddings=1024,
+    )
+    config._attn_implementation = "eager"
+    model = Qwen3Model(config)
+    randomize(model, seed=2)
+    shrink(model, ("q_proj.weight", "k_proj.weight"), 2**-8)
+    return model.eval()
+
+
+def make_autoencoder() -> AutoencoderKL:
+    model = AutoencoderKL(
+        in_channels=3,
+        out_channels=3,
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(64, 32, 32, 32),
+        layers_per_block=2,
+        latent_channels=16,
+        norm_num_groups=32,
+        scaling_factor=0.3611,
+        shift_factor=0.1159,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        force_upcast=True,
+    )
+    randomize(model, seed=3, levels=1.5)
+    shrink(model, ("conv1.weight", "conv1.bias"), 2**-7)
+    shrink(model.decoder, ("conv_out.weight",), 2**-2)  # clamping to [-1, 1] would hide differences
+    return model.eval()
+
+
+def make_scheduler(shift: float) -> FlowMatchEulerDiscreteScheduler:
+    return FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, use_dynamic_shifting=False, shift=shift)
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE in the form of Qwen2's, with 256 bytes, the merges of WORDS and three special tokens."""
+    vocab = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    merges: list[tuple[str, str]] = []
+    for word in WORDS:
+        left = ""
+        for c in word.replace(" ", "\u0120"):
+            if left and left + c not in vocab:
+                merges.append((left, c))
+                vocab[left + c] = len(vocab)
+            left += c
+    tokenizer = Tokenizer(models.BPE(vocab, merges))
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(SPLIT), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(list(SPECIAL))
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<|endoftext|>",
+        eos_token="<|im_end|>",
+        chat_template=CHAT_TEMPLATE,
+        padding_side="right",
+    )
+
+
+# -- the files -------------------------------------------------------------------------------------------------------
+
+
+def z_image_transformer() -> Arrays:
+    model = make_transformer()
+    out = {"config": text(dict(model.config)), **weights(model)}
+    blocks: Arrays = {}
+    for name, module in model.named_modules():
+        if name in ("t_embedder", "cap_embedder") or name.rsplit(".", 1)[0] in (
+            "noise_refiner",
+            "context_refiner",
+            "layers",
+        ):
+
+            def keep(_m: object, _i: object, output: torch.Tensor, name: str = name) -> None:
+                blocks[name] = output.detach().reshape(-1, output.shape[-1]).numpy()
+
+            module.register_forward_hook(keep)
+    cases = {"a": (10, 14, 21, 0.3), "b": (8, 16, 32, 0.85)}
+    for i, (case, (height, width, length, t)) in enumerate(cases.items()):
+        x, cap = gaussian(10 + i, 16, height, width), gaussian(20 + i, length, DIM)
+        sample = model([x[:, None]], torch.tensor([t]), [cap], return_dict=False)[0][0][:, 0]
+        arrays = {"latents": x.numpy(), "t": np.float32(t), "cap": cap.numpy(), "out": sample.numpy()}
+        out.update({f"{case}/{k}": np.asarray(v) for k, v in arrays.items()})
+        if case == "a":
+            out.update({f"a/block/{k}": v for k, v in blocks.items()})
+    return out
+
+
+def qwen3() -> Arrays:
+    model = make_text_encoder()
+    keep = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+            "num_key_value_heads", "head_dim", "rms_norm_eps")  # fmt: skip
+    config = {k: getattr(model.config, k) for k in keep} | {"rope_theta": 1e6}
+    out = {"config": text(config), **weights(model)}
+    for case, length in (("a", 37), ("b", 1)):
+        ids = np.random.default_rng(30 + length).integers(0, model.config.vocab_size, length)
+        states = model(torch.from_numpy(ids)[None], output_hidden_states=True).hidden_states
+        out[f"{case}/ids"] = ids.astype(np.int32)
+        out[f"{case}/hidden_2"] = states[-2][0].numpy()
+        out[f"{case}/hidden_3"] = states[-3][0].numpy()
+    return out
+
+
+def autoencoder_kl() -> Arrays:
+    model = make_autoencoder()
+    out = {"config": text(dict(model.config)), **weights(model)}
+    latents = gaussian(40, 16, 5, 7)
+    out["latents"] = latents.numpy()
+    out["decoded"] = model.decode(latents[None], return_dict=False)[0][0].numpy()
+    pixels = torch.tanh(gaussian(41, 3, 40, 56))
+    posterior = model.encode(pixels[None]).latent_dist
+    out["pixels"] = pixels.numpy()
+    out["mean"] = posterior.mean[0].numpy()
+    out["logvar"] = posterior.logvar[0].numpy()
+    return out
+
+
+def schedules() -> Arrays:
+    out: Arrays = {}
+    for shift in (3.0, 6.0):
+        for n in STEPS:
+            scheduler = make_scheduler(shift)
+            scheduler.set_timesteps(sigmas=get_default_z_image_sigmas(n), mu=0.5)
+            out[f"shift_{shift:g}/{n}"] = scheduler.sigmas.numpy()
+    return out
+
+
+def noise() -> Arrays:
+    out: Arrays = {}
+    for seed in SEEDS:
+        for n in SIZES:
+            out[f"seed_{seed}/{n}"] = torch.randn(n, generator=torch.Generator().manual_seed(seed)).numpy()
+    generator = torch.Generator().manual_seed(7)
+    for i, n in enumerate(MIXED):
+        out[f"mixed/{i}"] = torch.randn(n, generator=generator).numpy()
+    return out
+
+
+RUNS: dict[str, dict[str, Any]] = {
+    "turbo": {"shift": 3.0, "steps": 4, "guidance_scale": 0.0, "seed": 42, "prompt": "a red circle"},
+    "base": {"shift": 6.0, "steps": 4, "guidance_scale": 2.0, "seed": 7, "prompt": "a red circle",
+             "negative_prompt": "d\u00e9j\u00e0 vu"},
+    "normalized": {"shift": 6.0, "steps": 3, "guidance_scale": 2.0, "seed": 7, "prompt": " blue",
+                   "cfg_normalization": 1.0},
+    "truncated": {"shift": 3.0, "steps": 4, "guidance_scale": 2.0, "seed": 7, "prompt": " blue",
+                  "cfg_truncation": 0.2},
+    "img2img": {"shift": 3.0, "steps": 5, "guidance_scale": 0.0, "seed": 3, "prompt": " blue", "strength": 0.6},
+}  # fmt: skip
+WITH_PICTURE = ("turbo", "base", "img2img")
+HEIGHT, WIDTH = 48, 80
+
+
+def pipeline() -> Arrays:
+    parts = {
+        "transformer": make_transformer(),
+        "text_encoder": make_text_encoder(),
+        "vae": make_autoencoder(),
+        "tokenizer": make_tokenizer(),
+    }
+    picture = np.rint((np.tanh(gaussian(50, HEIGHT, WIDTH, 3).numpy()) + 1) / 2 * 255).astype(np.uint8)
+    out: Arrays = {
+        "tokenizer": np.array(parts["tokenizer"].backend_tokenizer.to_str()),
+        "runs": text({name: run | {"height": HEIGHT, "width": WIDTH} for name, run in RUNS.items()}),
+        "img2img/init_image": picture,
+    }
+    for name, settings in RUNS.items():
+        run = dict(settings)
+        img2img = "strength" in run
+        make = ZImageImg2ImgPipeline if img2img else ZImagePipeline
+        pipe = make(scheduler=make_scheduler(run.pop("shift")), **parts)
+        pipe.set_progress_bar_config(disable=True)
+        tape: Arrays = {}
+        record(pipe, "prepare_latents", tape, lambda r: {"start": r[0].numpy()})
+        record(
+            pipe,
+            "encode_prompt",
+            tape,
+            lambda r: {"prompt_embeds": r[0][0].numpy(), **({"negative_embeds": r[1][0].numpy()} if r[1] else {})},
+        )
+
+        def on_step(
+            _p: object, i: int, _t: object, kwargs: dict[str, torch.Tensor], tape: Arrays = tape
+        ) -> dict[str, Any]:
+            tape[f"latents_{i}"] = kwargs["latents"][0].numpy().copy()
+            return {}
+
+        if img2img:
+            run |= {"image": torch.from_numpy(picture).permute(2, 0, 1)[None].float() / 255}
+        result = pipe(
+            run.pop("prompt"),
+            num_inference_steps=run.pop("steps"),
+            generator=torch.Generator().manual_seed(run.pop("seed")),
+            height=HEIGHT,
+            width=WIDTH,
+            output_type="np",
+            callback_on_step_end=on_step,
+            **run,
+        )
+        tape["sigmas"] = pipe.scheduler.sigmas.numpy()
+        if name in WITH_PICTURE:
+            tape["image"] = result.images[0]
+        out.update({f"{name}/{k}": v for k, v in tape.items()})
+    return out
+
+
+def record(owner: object, method: str, tape: Arrays, pick: Any) -> None:
+    """Keep on `tape` what a method of the pipeline returns."""
+    call = getattr(owner, method)
+
+    def recorded(*args: object, **kwargs: object) -> object:
+        result = call(*args, **kwargs)
+        tape.update(pick(result))
+        return result
+
+    setattr(owner, method, recorded)
+
+
+FILES = {
+    "z_image_transformer": z_image_transformer,
+    "qwen3": qwen3,
+    "autoencoder_kl": autoencoder_kl,
+    "schedules": schedules,
+    "noise": noise,
+    "pipeline": pipeline,
+}
+
+
+def derive(name: str) -> Arrays:
+    """The arrays of one golden file, computed now."""
+    with torch.no_grad():
+        return FILES[name]()
+
+
+def save(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """np.savez_compressed without the time of day in it: the same arrays give the same bytes."""
+    with zipfile.ZipFile(path, "w") as archive:
+        for key, value in arrays.items():
+            data = io.BytesIO()
+            np.lib.format.write_array(data, np.ascontiguousarray(value) if np.ndim(value) else np.asarray(value))
+            info = zipfile.ZipInfo(f"{key}.npy")
+            info.compress_type = zipfile.ZIP_DEFLATED
+            archive.writestr(info, data.getvalue(), compresslevel=9)
+
+
+def main(argv: Iterable[str]) -> None:
+    folder = Path(next(iter(argv), Path(__file__).parent))
+    torch.set_num_threads(1)
+    for name in FILES:
+        path = folder / f"{name}.npz"
+        arrays = derive(name)
+        save(path, arrays)
+        print(f"{path}: {len(arrays)} arrays, {path.stat().st_size / 1000:.0f} kB")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,48 @@
+"""models.guidance: the two dialects of classifier-free guidance."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from models.guidance import cfg, guidance_at, z_image_guidance
+
+rng = np.random.default_rng(0)
+COND, UNCOND = rng.standard_normal((2, 16, 4, 6)).astype(np.float32)
+
+
+def test_cfg_one_is_off_and_zero_is_the_negative_prompt() -> None:
+    np.testing.assert_allclose(cfg(COND, UNCOND, 1.0), COND, atol=1e-6)
+    np.testing.assert_array_equal(cfg(COND, UNCOND, 0.0), UNCOND)
+    assert cfg(COND, UNCOND, 3.0).dtype == np.float32
+
+
+def test_by_hand() -> None:
+    a, b = np.array([3.0], np.float32), np.array([1.0], np.float32)
+    assert cfg(a, b, 5.0) == 11
+    assert z_image_guidance(a, b, 5.0) == 13
+
+
+@pytest.mark.parametrize("g", [0.5, 1.0, 4.0])
+def test_guidance_scale_is_cfg_minus_one(g: float) -> None:
+    np.testing.assert_allclose(z_image_guidance(COND, UNCOND, g), cfg(COND, UNCOND, g + 1), atol=1e-5)
+    # and does not care for the sign convention of the network
+    np.testing.assert_allclose(-z_image_guidance(-COND, -UNCOND, g), z_image_guidance(COND, UNCOND, g), atol=1e-6)
+
+
+def test_normalization_shortens_and_never_lengthens() -> None:
+    free = z_image_guidance(COND, UNCOND, 4.0)
+    held = z_image_guidance(COND, UNCOND, 4.0, cfg_normalization=1.0)
+    assert np.linalg.norm(held) == pytest.approx(np.linalg.norm(COND), rel=1e-5)
+    np.testing.assert_allclose(held / np.linalg.norm(held), free / np.linalg.norm(free), atol=1e-6)
+    np.testing.assert_array_equal(z_image_guidance(COND, UNCOND, 4.0, cfg_normalization=100.0), free)
+    assert held.dtype == np.float32
+
+
+def test_truncation() -> None:
+    assert guidance_at(0.7, 4.0) == 4.0
+    assert guidance_at(0.0, 4.0) == 4.0  # the default, 1, never truncates
+    assert guidance_at(0.7, 4.0, cfg_truncation=0.2) == 0.0
+    assert guidance_at(0.75, 4.0, cfg_truncation=0.25) == 4.0  # only beyond, as in diffusers
+    assert guidance_at(0.1, 4.0, cfg_truncation=2.0) == 4.0
+    assert guidance_at(0.5, -1.0) == 0.0

@@ -1,0 +1,49 @@
+"""The tiny random models of tests/golden as files, so that tests go through the loader like everybody else."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors.numpy import save_file
+
+GOLDEN = Path(__file__).parent / "golden"
+PARTS = {"diffusion_model": "z_image_transformer", "llm": "qwen3", "vae": "autoencoder_kl"}
+
+
+def golden(name: str) -> Mapping[str, Any]:
+    """The arrays of tests/golden/<name>.npz."""
+    with np.load(GOLDEN / f"{name}.npz") as file:
+        return {key: file[key] for key in file.files}
+
+
+def write_tiny_models(folder: Path, changed: Mapping[str, NDArray[np.float32]] | None = None) -> dict[str, Path]:
+    """A model of three files, as keyword arguments of `models.load`; its tokenizer lies beside the text encoder.
+
+    changed: "part/tensor" -> what that tensor holds instead.
+    """
+    changed = dict(changed or {})
+    paths = {}
+    for part, name in PARTS.items():
+        tensors = {k.removeprefix("weights/"): v for k, v in golden(name).items() if k.startswith("weights/")}
+        for key in [k for k in changed if k.startswith(f"{part}/")]:
+            tensor = key.removeprefix(f"{part}/")
+            assert tensor in tensors, key
+            tensors[tensor] = changed.pop(key)
+        paths[part] = folder / part / "model.safetensors"
+        paths[part].parent.mkdir(parents=True, exist_ok=True)
+        save_file({k: np.ascontiguousarray(v) for k, v in tensors.items()}, paths[part])
+    assert not changed, f"no such parts: {list(changed)}"
+    config = json.loads(str(golden("qwen3")["config"]))
+    (folder / "llm" / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    (folder / "llm" / "tokenizer.json").write_text(str(golden("pipeline")["tokenizer"]), encoding="utf-8")
+    return paths
+
+
+def weight(part: str, tensor: str) -> NDArray[np.float32]:
+    """A copy of one tensor of the tiny models."""
+    return np.array(golden(PARTS[part])[f"weights/{tensor}"], np.float32)
