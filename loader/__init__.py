@@ -10,6 +10,7 @@ from .describe import Description, describe, describe_path
 from .errors import LoadError
 from .limits import Limits
 from .mapped import MappedFile, TensorInfo
+from .options import LoadOptions
 
 if TYPE_CHECKING:
     from .params import LoadReport, Param, Weights, alloc_params_buffer, load_params
@@ -20,6 +21,7 @@ __all__ = [
     "Description",
     "Limits",
     "LoadError",
+    "LoadOptions",
     "LoadReport",
     "MappedFile",
     "Param",

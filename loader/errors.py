@@ -14,6 +14,7 @@ from pyggml.errors import GGMLError
 
 Kind: TypeAlias = Literal[
     "CannotOpen",  # the operating system refused, or it is not a regular file
+    "CannotLock",  # the operating system does not let us keep that much in memory
     "TruncatedFile",
     "TrailingBytes",
     "BadMagic",

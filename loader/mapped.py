@@ -67,6 +67,7 @@ class MappedFile:
         self._finalizer = weakref.finalize(self, os.close, fd)
         self._fd = fd
         self._map: mmap.mmap | None = None
+        self._watch = 0
         try:
             info = os.fstat(fd)
             if not stat.S_ISREG(info.st_mode):
@@ -82,6 +83,11 @@ class MappedFile:
     def n_bytes(self) -> int:
         """Size of the file when it was opened."""
         return self.identity.size
+
+    @property
+    def mapped(self) -> bool:
+        """True while this handle holds a mapping."""
+        return self._map is not None
 
     @property
     def closed(self) -> bool:
@@ -106,7 +112,7 @@ class MappedFile:
             while n_bytes:
                 part = _pread(fd, min(n_bytes, 1 << 30), offset)
                 if not part:
-                    raise LoadError("the file became shorter", kind="TruncatedFile", path=self.path, offset=offset)
+                    raise LoadError("the file became shorter", kind="WeightsChanged", path=self.path, offset=offset)
                 parts.append(part)
                 offset += len(part)
                 n_bytes -= len(part)
@@ -127,7 +133,7 @@ class MappedFile:
             while len(view):
                 n = os.preadv(fd, [view[: 1 << 30]], offset)
                 if not n:
-                    raise LoadError("the file became shorter", kind="TruncatedFile", path=self.path, offset=offset)
+                    raise LoadError("the file became shorter", kind="WeightsChanged", path=self.path, offset=offset)
                 view = view[n:]
                 offset += n
         except OSError as e:
@@ -140,7 +146,7 @@ class MappedFile:
     def duplicate(self) -> MappedFile:
         """A second handle to the same open file, and to its mapping if there is one, with a life of its own."""
         twin = MappedFile.__new__(MappedFile)
-        twin.path, twin.identity, twin._map = self.path, self.identity, self._map
+        twin.path, twin.identity, twin._map, twin._watch = self.path, self.identity, self._map, self._watch
         twin._fd = os.dup(self.fd)
         twin._finalizer = weakref.finalize(twin, os.close, twin._fd)
         return twin
@@ -148,13 +154,18 @@ class MappedFile:
     def map(self) -> mmap.mmap:
         """The whole file, mapped read-only and shared; the same object at every call. Raises `LoadError`,
         `ClosedError`.
+
+        Should the file become shorter, what lay there reads as zeros, and `changed()` says so: no signal, no crash
+        (not on Windows, which does not let a mapped file shrink).
         """
         if self._map is None:
+            from pyggml.lib import ffi, lib
+
             fd = self.fd
             if os.fstat(fd).st_size < self.n_bytes:
                 raise LoadError(
                     "the file became shorter since it was opened",
-                    kind="TruncatedFile",
+                    kind="WeightsChanged",
                     path=self.path,
                     offset=0,
                 )
@@ -174,6 +185,10 @@ class MappedFile:
                     path=self.path,
                     hint="--no-mmap reads it instead",
                 ) from e
+            self._watch = lib.pyggml_watch_pages(ffi.cast("void *", self.address), self.n_bytes)
+            if self._watch:
+                # Runs after the pages are unmapped. Not at exit: threads may still read then.
+                weakref.finalize(self._map, lib.pyggml_unwatch_pages, self._watch).atexit = False
         return self._map
 
     def view(self, offset: int = 0, n_bytes: int | None = None) -> memoryview:
@@ -218,8 +233,51 @@ class MappedFile:
         except OSError as e:
             if e.errno == errno.EINVAL:  # an older kernel
                 return False
+            if e.errno == errno.EFAULT:  # pages that cannot be read
+                self.check()
             raise LoadError(f"madvise {advice}: {e.strerror}", kind="CannotOpen", path=self.path, offset=offset) from e
         return True
+
+    def advise_reading(
+        self, advice: Literal["sequential", "willneed", "dontneed"], offset: int = 0, n_bytes: int | None = None
+    ) -> bool:
+        """Tell the kernel how bytes of the file will be read, mapped or not. False where there is no such
+        advice.
+
+        "dontneed" drops them from the page cache, but for pages that somebody has mapped; see `drop_cache`.
+        """
+        if not hasattr(os, "posix_fadvise"):
+            return False
+        n = self.n_bytes - offset if n_bytes is None else n_bytes
+        os.posix_fadvise(self.fd, offset, n, getattr(os, f"POSIX_FADV_{advice.upper()}"))
+        return True
+
+    def drop_cache(self, offset: int = 0, n_bytes: int | None = None) -> bool:
+        """Let the system forget these bytes of the file, all unless said: they are read from the disk the next time.
+
+        False where the system has no such advice. Pages that other processes have mapped, or that are locked, stay.
+        """
+        if self._map is not None:
+            self.advise("dontneed", offset, n_bytes)  # else they are in use, by us
+        return self.advise_reading("dontneed", offset, n_bytes)
+
+    @property
+    def remote(self) -> str | None:
+        """Name of the file system when it is a network's or FUSE: "NFS", "FUSE", ...; None when it is another."""
+        from pyggml.lib import ffi, lib
+
+        name = lib.pyggml_remote_file_system(self.fd)
+        return None if name == ffi.NULL else str(ffi.string(name).decode())
+
+    def check(self) -> None:
+        """LoadError (WeightsChanged) when `changed()` has something to say."""
+        if what := self.changed():
+            raise LoadError(
+                f"a file of weights changed while it was used: {what}",
+                kind="WeightsChanged",
+                path=self.path,
+                hint="load the model again",
+            )
 
     def changed(self) -> str | None:
         """What is different from when the file was opened, as a sentence; None when nothing is.
@@ -229,6 +287,11 @@ class MappedFile:
         """
         now = _identity(os.fstat(self.fd))
         was = self.identity
+        if self._watch:
+            from pyggml.lib import lib
+
+            if (lost := lib.pyggml_lost_page(self._watch)) >= 0:
+                return f"from byte {lost} on it could not be read, its size was {was.size} bytes and is {now.size}"
         if now.size != was.size:
             return f"the size was {was.size} bytes and is {now.size}"
         if now.mtime_ns != was.mtime_ns:
@@ -237,10 +300,15 @@ class MappedFile:
             return "the file's status changed"
         return None
 
+    def unmap(self) -> None:
+        """Drop the mapping; `map()` makes a new one."""
+        self._map = None  # not mapping.close(): views and duplicates may be alive, the pages go with the last of them
+        self._watch = 0
+
     def close(self) -> None:
         """Close the descriptor and drop the mapping; twice is fine."""
         self._finalizer()
-        self._map = None  # not mapping.close(): views and duplicates may be alive, the pages go with the last of them
+        self.unmap()
 
     def __enter__(self) -> MappedFile:
         return self

@@ -14,13 +14,15 @@ import numpy as np
 
 from pyggml import Backend, Buffer, BufferType, Context, Device, GGMLError, Tensor, Type
 from pyggml.lib import ffi, lib
-from pyggml.types import BufferUsage
+from pyggml.types import BufferUsage, DeviceType
 
 from .checkpoint import Checkpoint
 from .convert import STAGING, convert, is_same
 from .dtypes import GGML_TYPES, SAFETENSORS_BITS
 from .errors import LoadError, printable
 from .mapped import MappedFile, TensorInfo
+from .options import LoadOptions
+from .pages import Lock, read_ahead
 from .placement import Placement, Plan, device_of, plan_params
 
 log = logging.getLogger("pyggml.loader")
@@ -80,6 +82,7 @@ class LoadReport:
     read_bytes: int
     seconds: float
     not_mapped: dict[str, int] = field(default_factory=dict)
+    locked_bytes: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -93,12 +96,15 @@ class Weights:
     """
 
     def __init__(
-        self, context: Context, files: Sequence[MappedFile], params: Mapping[str, Param], report: LoadReport
-    ) -> None:
+        self, context: Context, files: Sequence[MappedFile], params: Mapping[str, Param], report: LoadReport, *,
+        lock: Lock | None = None, drop_cache: bool = False,
+    ) -> None:  # fmt: skip
         self.context = context
         self.files = tuple(files)
         self.params = params
         self.report = report
+        self._lock = lock
+        self._drop_cache = drop_cache
 
     def __getitem__(self, name: str) -> Tensor:
         """The tensor of a parameter. KeyError for an unknown name or an optional one that is absent."""
@@ -112,10 +118,13 @@ class Weights:
         return self.context.closed
 
     def changed(self) -> str | None:
-        """Which file changed since it was opened, and how; None when none did. ClosedError after close()."""
+        """Which of the files that tensors point into changed since it was opened, and how; None when none did.
+
+        ClosedError after close().
+        """
+        _ = self.context.ptr
         for file in self.files:
-            what = file.changed()
-            if what:
+            if file.mapped and (what := file.changed()):
                 return f"{printable(file.path)}: {what}"
         return None
 
@@ -128,7 +137,11 @@ class Weights:
             buffer.owner = None
         self.context.buffers.clear()
         self.context.close()
+        if self._lock is not None:
+            self._lock.release()
         for file in self.files:
+            if self._drop_cache:
+                file.drop_cache()
             file.close()
 
     def __enter__(self) -> Weights:
@@ -162,26 +175,32 @@ def load_params(
     *,
     backend: Backend,
     component: str,
-    mmap: bool = True,
+    options: LoadOptions | None = None,
     buffer_type: BufferType | None = None,
     progress: Progress | None = None,
 ) -> Weights:
     """Give every parameter its tensor: in the mapped file where type, alignment and device allow, else copied.
 
+    `options` choose otherwise; without them the environment's hints count (LoadOptions.from_environment).
     `buffer_type` is where copies go, the backend's own unless given. `progress(done, total)` is called with bytes of
     copies. The checkpoint may be closed afterwards. Raises `LoadError` for a checkpoint of another model (before
-    anything is allocated), for values that the wanted type cannot hold, for a file that became shorter; `OutOfMemory`.
+    anything is allocated), for values that the wanted type cannot hold, for a file that changes meanwhile
+    (WeightsChanged), when memory cannot be locked (CannotLock); `OutOfMemory`.
     """
     start = time.perf_counter()
+    options = LoadOptions.from_environment() if options is None else options
     buffer_type = buffer_type or backend.buffer_type
     device = device_of(buffer_type) or backend.device
     wanted = {name: (param.ne, param.type, param.optional) for name, param in params.items()}
-    plan = plan_params(wanted, checkpoint, device=device, buffer_type=buffer_type, component=component, mmap=mmap)
+    plan = plan_params(wanted, checkpoint, device=device, buffer_type=buffer_type, component=component, options=options)
+    if options.mode == "auto":
+        _say_why_not(plan)
     context = Context(len(plan.placements))
-    files: list[MappedFile] = []
+    files: dict[MappedFile, MappedFile] = {}  # the checkpoint's -> ours
+    lock = Lock(component) if options.mlock else None
     try:
         tensors = {p.name: context.new_tensor(p.ne or (1,), p.type, p.name) for p in plan.placements}
-        n_mapped_files = _place_in_files(plan, tensors, device, files)
+        n_mapped_files = _place_in_files(plan, tensors, device, files, options)
         seconds = time.perf_counter() - start
         if n_mapped_files:
             n, size = plan.n_tensors("map"), plan.n_bytes("map") / _MB
@@ -191,7 +210,16 @@ def load_params(
         where = "RAM" if buffer_type.is_host else "VRAM"
         shown = f"{allocated / _MB:.2f} MB({where}) ({len(tensors)} tensors)"
         log.info("%s params backend buffer size = %s", component, shown)
-        read = _copy(plan, tensors, progress)
+        read = _copy(plan, tensors, files, progress, reclaim=options.reclaim and lock is None)
+        for original, placements in plan.by_file().items():
+            files[original].check()
+            if all(p.action != "map" for p in placements):
+                files[original].unmap()
+        if lock is not None:
+            if device.type != DeviceType.CPU:
+                why = f"memory of {device.name} cannot be locked"
+                raise LoadError(why, kind="CannotLock", hint="leave --mlock out")
+            lock.hold((int(ffi.cast("uintptr_t", tensors[p.name].ptr.data)), p.n_bytes) for p in plan.placements)
         report = LoadReport(
             component=component,
             n_tensors=len(tensors),
@@ -204,18 +232,23 @@ def load_params(
             read_bytes=read,
             seconds=time.perf_counter() - start,
             not_mapped=plan.reasons(),
+            locked_bytes=lock.n_bytes if lock else 0,
         )
         if read:
             rate = f"{read / _MB:.2f} MB read, {read / _MB / max(report.seconds, 1e-9):.0f} MB/s"
             log.info("loading tensors completed, taking %.2fs (%s)", report.seconds, rate)
-        weights = Weights(context, files, params, report)
+        weights = Weights(
+            context, list(files.values()), params, report, lock=lock, drop_cache="dontneed" in options.hints
+        )
     except BaseException:
         for buffer in list(context.buffers):
             buffer.close()
             buffer.owner = None
         context.buffers.clear()
         context.close()
-        for file in files:
+        if lock is not None:
+            lock.release()
+        for file in files.values():
             file.close()
         raise
     for name, param in params.items():
@@ -223,23 +256,31 @@ def load_params(
     return weights
 
 
-def _place_in_files(plan: Plan, tensors: Mapping[str, Tensor], device: Device, files: list[MappedFile]) -> int:
+def _say_why_not(plan: Plan) -> None:
+    for file, placements in plan.by_file().items():
+        if placements[0].reading == "off" and (remote := file.remote):
+            log.info(
+                "%s is on %s: read into memory, since there a page that cannot be fetched stops whoever needs it, and "
+                "pages come one by one; --mmap maps it all the same", printable(file.path), remote,
+            )  # fmt: skip
+
+
+def _place_in_files(
+    plan: Plan, tensors: Mapping[str, Tensor], device: Device, files: dict[MappedFile, MappedFile],
+    options: LoadOptions,
+) -> int:  # fmt: skip
     """Point tensors into their files; adds to `files` a handle of each file. Returns how many of them are mapped."""
-    by_file: dict[MappedFile, list[Placement]] = {}
-    for p in plan.placements:
-        by_file.setdefault(p.info.file, []).append(p)
     n_mapped = 0
-    for original, placements in by_file.items():
+    for original, placements in plan.by_file().items():
+        files[original] = file = original.duplicate()
+        read_ahead(file, placements, options.hints)
         mapped = [p for p in placements if p.action == "map"]
         if not mapped:
-            files.append(original.duplicate())
             continue
-        original.map()
-        file = original.duplicate()
-        files.append(file)
         n_mapped += 1
         buffer = Buffer.from_memory(
-            device, file.address, file.n_bytes, owner=file.view(), largest=max(p.n_bytes for p in mapped)
+            device, file.address, file.n_bytes, owner=file.view(), largest=max(p.n_bytes for p in mapped),
+            check=file.check,
         )
         lib.ggml_backend_buffer_set_usage(buffer.ptr, BufferUsage.WEIGHTS)
         for p in mapped:
@@ -247,36 +288,43 @@ def _place_in_files(plan: Plan, tensors: Mapping[str, Tensor], device: Device, f
     return n_mapped
 
 
-def _copy(plan: Plan, tensors: Mapping[str, Tensor], progress: Progress | None) -> int:
+def _copy(
+    plan: Plan, tensors: Mapping[str, Tensor], files: Mapping[MappedFile, MappedFile], progress: Progress | None, *,
+    reclaim: bool,
+) -> int:  # fmt: skip
     """Fill the tensors that are not mapped, in the order of the file. Returns the number of bytes read."""
     todo = [p for p in plan.placements if p.action != "map" and p.info.n_bytes]
     todo.sort(key=lambda p: (p.info.file.path, p.info.offset))
     total = sum(p.info.n_bytes for p in todo)
     done = 0
     for p in todo:
-        tensor = tensors[p.name]
-        for n in _copy_tensor(p, tensor) if is_same(p.info.dtype, p.type) else _convert_tensor(p, tensor):
+        tensor, file = tensors[p.name], files[p.info.file]
+        for n in (_copy_tensor if is_same(p.info.dtype, p.type) else _convert_tensor)(p, file, tensor):
             done += n
             if progress:
                 progress(done, total)
+        if reclaim and p.reading == "io":
+            file.advise("dontneed", p.info.offset, p.info.n_bytes)
     return done
 
 
-def _copy_tensor(p: Placement, tensor: Tensor) -> Any:
+def _copy_tensor(p: Placement, file: MappedFile, tensor: Tensor) -> Any:
     """Bytes as they are: straight into host memory, through a bounded buffer into a device's. Yields bytes read."""
     host = bool(lib.ggml_backend_buffer_is_host(tensor.ptr.buffer))
-    staging = None if host else bytearray(min(STAGING, p.info.n_bytes))
+    staging = None if host or p.reading == "io" else bytearray(min(STAGING, p.info.n_bytes))
     for at in range(0, p.info.n_bytes, STAGING):
         n = min(STAGING, p.info.n_bytes - at)
-        if staging is None:
-            p.info.file.read_into(p.info.offset + at, ffi.buffer(ffi.cast("char *", tensor.ptr.data) + at, n))
+        if p.reading == "io":
+            lib.ggml_backend_tensor_set(tensor.ptr, ffi.from_buffer(file.view(p.info.offset + at, n)), at, n)
+        elif staging is None:
+            file.read_into(p.info.offset + at, ffi.buffer(ffi.cast("char *", tensor.ptr.data) + at, n))
         else:
-            p.info.file.read_into(p.info.offset + at, memoryview(staging)[:n])
+            file.read_into(p.info.offset + at, memoryview(staging)[:n])
             lib.ggml_backend_tensor_set(tensor.ptr, ffi.from_buffer(staging), at, n)
         yield n
 
 
-def _convert_tensor(p: Placement, tensor: Tensor) -> Any:
+def _convert_tensor(p: Placement, file: MappedFile, tensor: Tensor) -> Any:
     """Bytes of another type, by pieces that are whole blocks of both types. Yields bytes read."""
     info, n_per_row = p.info, p.ne[0] if p.ne else 1
     source_block, source_bytes = _BLOCK.get(info.dtype) or (1, SAFETENSORS_BITS[info.dtype] // 8)
@@ -291,7 +339,11 @@ def _convert_tensor(p: Placement, tensor: Tensor) -> Any:
         n = min(n_piece, n_elements - first)
         n_bytes = n // source_block * source_bytes
         raw = np.empty(n_bytes, np.uint8)
-        info.file.read_into(info.offset + first // source_block * source_bytes, raw.data)
+        start = info.offset + first // source_block * source_bytes
+        if p.reading == "io":
+            raw.data[:] = file.view(start, n_bytes)
+        else:
+            file.read_into(start, raw.data)
         try:
             out = convert(raw, info.dtype, p.type, min(n_per_row, n))
         except OverflowError as e:

@@ -16,15 +16,20 @@ from .convert import can_convert, is_same, native_type
 from .describe import describe
 from .dtypes import QUANTISED
 from .errors import LoadError, printable, quoted
-from .mapped import TensorInfo
+from .mapped import MappedFile, TensorInfo
+from .options import LoadOptions
 
 Ne: TypeAlias = tuple[int, ...]
 Action: TypeAlias = Literal["map", "copy", "convert"]
+Reading: TypeAlias = Literal["map", "io", "off"]
 
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """One parameter: where it comes from, the type it will have, what is done with its bytes, and why not mapped."""
+    """One parameter: where it comes from, the type it will have, what is done with its bytes, and why not mapped.
+
+    `reading`: the mode of its file, "auto" resolved; what is not mapped is copied out of a mapping in mode "io".
+    """
 
     name: str
     info: TensorInfo
@@ -32,6 +37,7 @@ class Placement:
     type: Type
     action: Action
     reason: str = ""
+    reading: Reading = "map"
 
     @property
     def n_bytes(self) -> int:
@@ -56,6 +62,13 @@ class Plan:
 
     def n_tensors(self, *actions: Action) -> int:
         return sum(1 for p in self.placements if not actions or p.action in actions)
+
+    def by_file(self) -> dict[MappedFile, list[Placement]]:
+        """The placements of each file, in the order of the parameters."""
+        files: dict[MappedFile, list[Placement]] = {}
+        for p in self.placements:
+            files.setdefault(p.info.file, []).append(p)
+        return files
 
     def reasons(self) -> dict[str, int]:
         """Why tensors are not mapped -> how many."""
@@ -88,15 +101,16 @@ def plan_params(
     device: Device,
     buffer_type: BufferType,
     component: str,
-    mmap: bool = True,
+    options: LoadOptions | None = None,
 ) -> Plan:
     """Match parameters, as name -> (ne, type or None for the file's own, optional), with the tensors of a checkpoint.
 
     Raises `LoadError` (WrongTensors) that lists every tensor which is missing, surplus, of another shape, or of a type
     that cannot be converted; its `problems` has them all, the message the first.
     """
-    mappable = mmap and maps_files(device, buffer_type)
-    why_not = "" if mappable else "mapping is off" if not mmap else f"{buffer_type.name} cannot point into a file"
+    options = options or LoadOptions()
+    cannot = "" if maps_files(device, buffer_type) else f"{buffer_type.name} cannot point into a file"
+    readings: dict[MappedFile, tuple[Reading, str]] = {}
     placements: list[Placement] = []
     absent: list[str] = []
     missing: list[str] = []
@@ -113,13 +127,27 @@ def plan_params(
         elif not _fits(ne, info, kind):
             wrong.append(f"{_shown(info)} has ne {list(info.ne)}, wanted is {list(ne)}")
         else:
-            reason = _why_not_mapped(info, kind) or why_not
+            if info.file not in readings:
+                readings[info.file] = _reading(info.file, options)
+            reading, chosen = readings[info.file]
+            reason = _why_not_mapped(info, kind) or chosen or cannot
             action: Action = "convert" if not is_same(info.dtype, kind) else "copy" if reason else "map"
-            placements.append(Placement(name, info, tuple(ne), kind, action, reason))
+            placements.append(Placement(name, info, tuple(ne), kind, action, reason, reading))
     surplus = [_shown(info) for name, info in checkpoint.items() if name not in wanted]
     if missing or surplus or wrong:
         raise _wrong_tensors(component, checkpoint, len(wanted), missing, surplus, wrong)
     return Plan(component, tuple(placements), tuple(absent))
+
+
+def _reading(file: MappedFile, options: LoadOptions) -> tuple[Reading, str]:
+    """How a file is read, and why its tensors are not mapped when the mode is the reason."""
+    if options.mode == "io":
+        return "io", "mapped to be read only"
+    if options.mode == "off":
+        return "off", "mapping is off"
+    if options.mode == "auto" and (remote := file.remote):
+        return "off", f"the file is on {remote}"
+    return "map", ""
 
 
 def _why_not_mapped(info: TensorInfo, kind: Type) -> str:

@@ -17,8 +17,8 @@ def load(
     """The pipeline for three files or diffusers folders: diffusion model, text encoder, autoencoder.
 
     Options are those of the pipeline's own `load`, for Z-Image `models.z_image.pipeline.ZImagePipeline.load`:
-    backend, n_threads, mmap, compat, encoder. Raises LoadError when a file is broken or is of a model that is not
-    known.
+    backend, n_threads, options (a loader.LoadOptions), compat, encoder. Raises LoadError when a file is broken or is of
+    a model that is not known.
     """
     from .z_image.pipeline import ZImagePipeline
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 from .context import Context
@@ -234,10 +235,14 @@ class Buffer(Handle):
 
     `Buffer.allocate` makes one for all tensors of a context that have none; `Buffer.from_memory` wraps memory that
     exists. The buffer keeps `owner` (a mapping, an array) alive. It cannot be closed while numpy views of it live.
+    `check` is called after each computation that used it, and raises when its bytes were not what they should be.
     """
 
-    def __init__(self, ptr: Any, *, owner: object = None, read_only: bool = False) -> None:
+    def __init__(
+        self, ptr: Any, *, owner: object = None, read_only: bool = False, check: Callable[[], None] | None = None
+    ) -> None:
         self.owner = owner
+        self.check = check
         self.read_only = read_only
         self.views: weakref.WeakSet[Any] = weakref.WeakSet()
         self._own(ptr, lib.ggml_backend_buffer_free, ptr)
@@ -279,8 +284,9 @@ class Buffer(Handle):
 
     @classmethod
     def from_memory(
-        cls, device: Device, address: int, n_bytes: int, *, owner: object, largest: int = 0, read_only: bool = True
-    ) -> Buffer:
+        cls, device: Device, address: int, n_bytes: int, *, owner: object, largest: int = 0, read_only: bool = True,
+        check: Callable[[], None] | None = None,
+    ) -> Buffer:  # fmt: skip
         """A buffer of `n_bytes` that exist at `address` and belong to `owner`; `largest`: bytes of the largest tensor.
 
         GGMLError when the device cannot use host memory (see Device.maps_host_memory) or the address is not aligned.
@@ -295,7 +301,7 @@ class Buffer(Handle):
         if ptr == ffi.NULL:
             reason = take_log() or "no reason given"
             raise OutOfMemory(f"{device.name} could not take {n_bytes} bytes of host memory: {reason}")
-        return cls(ptr, owner=owner, read_only=read_only)
+        return cls(ptr, owner=owner, read_only=read_only, check=check)
 
     def place(self, tensor: Any, offset: int) -> None:
         """Point `tensor` (without data) at `offset` bytes into the buffer. GGMLError when it does not fit in there."""

@@ -231,8 +231,9 @@ class Graph(Context):
     def compute(self, **inputs: ArrayLike) -> dict[str, NDArray[Any]]:
         """Set `inputs`, run every node, and return the outputs as numpy arrays (float32 for quantised types).
 
-        Raises Cancelled after `backend.cancel()`, ClosedError when weights it uses are closed, GGMLError when the
-        backend fails. After Ctrl-C the computation stops within one operation and KeyboardInterrupt is raised.
+        Raises Cancelled after `backend.cancel()`, ClosedError when weights it uses are closed, what their buffers'
+        `check` raises (for mapped weights: loader.LoadError when the file changed), GGMLError when the backend fails.
+        After Ctrl-C the computation stops within one operation and KeyboardInterrupt is raised.
         """
         self.set(**inputs)
         self.run()
@@ -244,9 +245,16 @@ class Graph(Context):
         for ctx in self.uses.values():
             ctx.check_open()
         self._check_rows()
-        backend = self.backend
-        lib.pyggml_set_flag(backend.cancel_flag, 0)
-        self._check(lib.pyggml_compute(backend.ptr, self.graph_ptr))
+        lib.pyggml_set_flag(self.backend.cancel_flag, 0)
+        self._run(self.graph_ptr)
+
+    def _run(self, graph: Any) -> None:
+        status = lib.pyggml_compute(self.backend.ptr, graph)
+        for ctx in self.uses.values():
+            for buffer in ctx.buffers:
+                if buffer.check is not None:
+                    buffer.check()
+        self._check(status)
 
     def _check(self, status: int) -> None:
         if status == Status.SUCCESS:
@@ -288,7 +296,7 @@ class Graph(Context):
                 if graph == ffi.NULL:
                     raise guard_error("a graph of one node")
                 lib.py_ggml_graph_add_node(graph, node.ptr)
-                yield node, lambda graph=graph: self._check(lib.pyggml_compute(self.backend.ptr, graph))
+                yield node, lambda graph=graph: self._run(graph)
 
     def close(self) -> None:
         """Free the compute buffer and the nodes."""

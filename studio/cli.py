@@ -11,6 +11,7 @@ import io
 import os
 import sys
 from collections.abc import Sequence
+from functools import partial
 from typing import NoReturn
 
 BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
@@ -53,8 +54,16 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     models.add_argument("--diffusion-model", metavar="FILE", help="Z-Image transformer: gguf, safetensors or a folder")
     models.add_argument("--llm", metavar="FILE", help="Qwen3 text encoder")
     models.add_argument("--vae", metavar="FILE", help="Flux autoencoder")
-    models.add_argument("--mmap", action=argparse.BooleanOptionalAction, default=True,
-                        help="leave weights in the mapped files (default), or read them into memory")  # fmt: skip
+    mode = models.add_mutually_exclusive_group()
+    set_mode = partial(mode.add_argument, dest="mmap", action="store_const", default="auto")
+    set_mode("--mmap", const="map", help="leave weights in the mapped files (default, but on network file systems)")
+    set_mode("--mmap=io", const="io", help="map files to read them, and copy")
+    set_mode("--no-mmap", const="off", help="read weights into memory of our own")
+    models.add_argument("--mlock", action="store_true", help="lock weights in memory")
+    models.add_argument("--mmap-flags", metavar="A,B,...", help="advice to the system about the files: sequential, "
+                        "populate, willneed, dontneed (else of PYGGML_MMAP_FLAGS or SD_MMAP_FLAGS)")  # fmt: skip
+    models.add_argument("--reclaim-mmap-source", action=argparse.BooleanOptionalAction, default=True,
+                        help="give back a mapping's pages that were copied from (default)")  # fmt: skip
     models.add_argument("--compat", choices=("diffusers", "sd.cpp"), default="diffusers",
                         help="whose rules to follow where the two differ (docs/parity.md)")  # fmt: skip
     picture = parser.add_argument_group("picture")

@@ -24,6 +24,7 @@ def generate(args: argparse.Namespace) -> int:
     prompt = _prompt(args)
     files = _models(args)
     _check(args)
+    options = _load_options(args)
     outputs = _outputs(args.output, args.batch_count)
     report = Path(args.report) if args.report else None
     for path in [*outputs, report] if report else outputs:
@@ -45,7 +46,7 @@ def generate(args: argparse.Namespace) -> int:
     with _Bars(args.batch_count) as bars:
         bars("load", 0, 1)
         pipe = models.load(
-            *files, n_threads=args.threads, mmap=args.mmap, compat=args.compat, encoder=args.init_img is not None
+            *files, n_threads=args.threads, options=options, compat=args.compat, encoder=args.init_img is not None
         )
         bars("load", 1, 1)
         loaded = time.perf_counter() - start
@@ -119,6 +120,14 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError("--strength needs --init-img, the picture that it is about")
     if args.flow_shift is not None and not 0 < args.flow_shift < 1000:
         raise ValueError(f"--flow-shift must be above 0 and below 1000, not {args.flow_shift}")
+
+
+def _load_options(args: argparse.Namespace) -> Any:
+    from loader.options import LoadOptions, hints_from_environment, parse_hints
+
+    flags = args.mmap_flags
+    hints = hints_from_environment(os.environ) if flags is None else parse_hints(flags, "--mmap-flags")
+    return LoadOptions(mode=args.mmap, mlock=args.mlock, hints=hints, reclaim=args.reclaim_mmap_source)
 
 
 def _check_writable(path: Path) -> None:

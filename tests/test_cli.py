@@ -22,6 +22,7 @@ import pytest
 from PIL import Image
 
 import models
+from loader import LoadOptions
 from studio import cli
 from studio.generate import DEMO, DEMO_FILES
 
@@ -139,15 +140,15 @@ def test_every_option_in_sd_clis_spelling_reaches_the_pipeline(
     assert err == "warning: width 60 is no multiple of 8, 64 is used\nerror: enough\n" and code == 2
     assert called.pop("progress") and called.pop("on_image")
     assert called == {
-        "files": ("d", "l", "v"), "n_threads": 2, "mmap": False, "compat": "sd.cpp", "encoder": True, "prompt": "p",
-        "negative_prompt": "n", "width": 64, "height": 128, "num_inference_steps": None, "guidance_scale": 2.0,
-        "sigmas": [1.0, 0.5, 0.0], "scheduler": None, "shift": 4.0, "method": "euler_a", "eta": 0.5, "seed": 5,
-        "num_images_per_prompt": 2, "rng": "cuda", "init_image": "start.png", "strength": 0.9, "output_type": "np",
-        "closed": True,
+        "files": ("d", "l", "v"), "n_threads": 2, "options": LoadOptions(mode="off"), "compat": "sd.cpp",
+        "encoder": True, "prompt": "p", "negative_prompt": "n", "width": 64, "height": 128, "num_inference_steps": None,
+        "guidance_scale": 2.0, "sigmas": [1.0, 0.5, 0.0], "scheduler": None, "shift": 4.0, "method": "euler_a",
+        "eta": 0.5, "seed": 5, "num_images_per_prompt": 2, "rng": "cuda", "init_image": "start.png", "strength": 0.9,
+        "output_type": "np", "closed": True,
     }  # fmt: skip
     run("generate", "p", "-t", "-1", "--steps", "3", "--scheduler", "karras", "--sigmas", "", capsys=capsys)
     assert called["n_threads"] is None and called["scheduler"] == "karras" and called["num_inference_steps"] == 3
-    assert called["mmap"] is True and called["files"] == tuple(MODEL) and called["guidance_scale"] == 0
+    assert called["options"] == LoadOptions() and called["files"] == tuple(MODEL) and called["guidance_scale"] == 0
 
 
 def test_a_batch_has_seeds_in_a_row_and_numbered_files(in_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

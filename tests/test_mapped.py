@@ -212,7 +212,7 @@ def test_file_that_shrank_is_not_mapped(path: Path) -> None:
         os.truncate(path, 100)
         with pytest.raises(LoadError) as caught:
             file.map()
-        assert caught.value.kind == "TruncatedFile"
+        assert caught.value.kind == "WeightsChanged"
         with pytest.raises(LoadError):
             file.read_at(0, len(DATA))
 

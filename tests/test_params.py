@@ -19,7 +19,16 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from loader import Checkpoint, LoadError, Param, Weights, alloc_params_buffer, load_params, open_checkpoint
+from loader import (
+    Checkpoint,
+    LoadError,
+    LoadOptions,
+    Param,
+    Weights,
+    alloc_params_buffer,
+    load_params,
+    open_checkpoint,
+)
 from loader.convert import convert, to_float32
 from loader.dtypes import GGML_TYPES, QUANTISED
 from loader.placement import device_of, maps_files, plan_params
@@ -63,6 +72,10 @@ def save(path: Path, table: dict[str, tuple[str, tuple[int, ...], bytes]], *, sh
     header += b" " * ((shift - len(header)) % 32)
     path.write_bytes(struct.pack("<Q", len(header)) + header + data)
     return path
+
+
+UNMAPPED = LoadOptions(mode="off")
+MODES = {True: LoadOptions(mode="map"), False: UNMAPPED}
 
 
 def f32(values: np.ndarray) -> tuple[str, tuple[int, ...], bytes]:
@@ -320,14 +333,15 @@ def test_a_tensor_keeps_its_mapping(tmp_path: Path, backend: Backend) -> None:
 DROP_IN_ANY_ORDER = """
 import gc, random, sys
 import numpy as np
-from loader import Param, load_params, open_checkpoint
+from loader import LoadOptions, Param, load_params, open_checkpoint
 from pyggml import Backend, Graph, ops
 
 for seed in range(50):
     backend = Backend.cpu(1)
     checkpoint = open_checkpoint(sys.argv[1])
     params = {"x": Param((32, 8)), "y": Param((32, 8))}
-    weights = load_params(params, checkpoint, backend=backend, component="t", mmap=seed % 2 == 0)
+    options = LoadOptions(mode=("off", "map")[seed % 2])
+    weights = load_params(params, checkpoint, backend=backend, component="t", options=options)
     graph = Graph(backend, n_nodes=16)
     graph.output(ops.mul_mat(weights["x"], graph.input((32, 2), name="i")), name="o")
     graph.compute(i=np.ones((2, 32), np.float32))
@@ -382,7 +396,7 @@ def test_mixed_files(tmp_path: Path, backend: Backend, mmap: bool, caplog: pytes
         "empty": Param((4, 0)), "scalar": Param((1,)), "conv3d": Param((3, 3, 2, 6)), "conv1x1": Param((4, 8)),
         "absent": Param((7,), optional=True),
     }  # fmt: skip
-    with load(tmp_path / "x.safetensors", backend, params, mmap=mmap) as weights:
+    with load(tmp_path / "x.safetensors", backend, params, options=MODES[mmap]) as weights:
         for name, array in arrays.items():
             if not array.size:
                 assert weights[name].ne == (4, 0, 1, 1)
@@ -443,7 +457,7 @@ def test_quantised_types_are_mapped_and_copied_alike(tmp_path: Path, backend: Ba
     values = RNG.normal(size=(6, 512)).astype(np.float32)
     path = write_gguf(tmp_path / "x.gguf", {name: (Type[name], values) for name in QUANTS})
     params = {name: Param((512, 6)) for name in QUANTS}
-    with load(path, backend, params) as mapped, load(path, backend, dict(params), mmap=False) as copied:
+    with load(path, backend, params) as mapped, load(path, backend, dict(params), options=UNMAPPED) as copied:
         assert mapped.report.n_mapped == len(QUANTS) and copied.report.n_mapped == 0
         for name in QUANTS:
             assert mapped[name].type is Type[name]
@@ -477,7 +491,7 @@ def test_pieces_do_not_show(tmp_path: Path, backend: Backend, monkeypatch: pytes
 
     def result() -> dict[str, bytes]:
         with load(path, backend, {name: Param((1024, 7), kind) for name, kind in wanted.items()}) as weights:
-            copied = load(path, backend, {name: Param((1024, 7)) for name in wanted}, mmap=False)
+            copied = load(path, backend, {name: Param((1024, 7)) for name in wanted}, options=UNMAPPED)
             return {name: weights[name].raw() for name in wanted} | {"=" + n: copied[n].raw() for n in wanted}
 
     whole = result()
@@ -504,7 +518,7 @@ def test_progress(tmp_path: Path, backend: Backend, monkeypatch: pytest.MonkeyPa
     path = save(tmp_path / "x.safetensors", {"x": f32(np.ones(40, np.float32)), "y": f32(np.ones(40, np.float32))})
     calls: list[tuple[int, int]] = []
     params = {"x": Param((40,)), "y": Param((40,), Type.F16)}
-    load(path, backend, params, mmap=False, progress=lambda done, total: calls.append((done, total))).close()
+    load(path, backend, params, options=UNMAPPED, progress=lambda done, total: calls.append((done, total))).close()
     assert calls[-1] == (320, 320) and len(calls) > 4
     assert calls == sorted(calls)
 
@@ -620,7 +634,7 @@ def test_file_that_shrinks_while_it_is_copied(tmp_path: Path, backend: Backend) 
     checkpoint: Checkpoint = open_checkpoint(path)
     os.truncate(path, 2000)
     with pytest.raises(LoadError, match="became shorter"):
-        load_params({"x": Param((1000,))}, checkpoint, backend=backend, component="te", mmap=False)
+        load_params({"x": Param((1000,))}, checkpoint, backend=backend, component="te", options=UNMAPPED)
     with pytest.raises(LoadError, match="became shorter"):
         load_params({"x": Param((1000,))}, checkpoint, backend=backend, component="te")
 
@@ -659,7 +673,7 @@ def test_misaligned_data_is_copied_and_odd_alignment_computes_the_same(
     x = RNG.normal(size=(5, 100)).astype(np.float32)
 
     def products(mmap: bool) -> tuple[Weights, dict[str, np.ndarray]]:
-        weights = load(path, backend, {name: Param((100, 33)) for name in table}, mmap=mmap)
+        weights = load(path, backend, {name: Param((100, 33)) for name in table}, options=MODES[mmap])
         with Graph(backend, n_nodes=64) as graph:
             node = graph.input((100, 5), name="x")
             for name in table:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from loader.checkpoint import Checkpoint, open_checkpoint
 from loader.describe import describe
 from loader.errors import LoadError
+from loader.options import LoadOptions
 from loader.params import Weights, load_params
 from pyggml import Backend
 
@@ -36,7 +37,7 @@ class Component:
         self.checkpoint.close()
 
 
-def open_text_encoder(path: Path, backend: Backend, *, mmap: bool = True) -> Component:
+def open_text_encoder(path: Path, backend: Backend, *, options: LoadOptions | None = None) -> Component:
     """Qwen3, without its last layer. LoadError when the file is broken or is something else."""
     checkpoint = open_checkpoint(path)
     _require(checkpoint, "text encoder", "Qwen3", "--llm")
@@ -44,10 +45,12 @@ def open_text_encoder(path: Path, backend: Backend, *, mmap: bool = True) -> Com
     config = Qwen3Config.from_checkpoint(checkpoint)
     # The hidden state before the last layer is what is read: that layer stays in the file.
     last = rf"^blk\.{config.n_layers - 1}\..*$"
-    return _load(Qwen3(config), checkpoint.renamed([(last, None)]), backend, "qwen3", mmap)
+    return _load(Qwen3(config), checkpoint.renamed([(last, None)]), backend, "qwen3", options)
 
 
-def open_transformer(path: Path, backend: Backend, *, mmap: bool = True, compat: Compat = "diffusers") -> Component:
+def open_transformer(
+    path: Path, backend: Backend, *, options: LoadOptions | None = None, compat: Compat = "diffusers"
+) -> Component:
     """Z-Image's transformer; `compat` decides the epsilon of its q and k norms. LoadError as above."""
     checkpoint = open_checkpoint(path)
     _require(checkpoint, "diffusion model", "Z-Image", "--diffusion-model")
@@ -55,10 +58,12 @@ def open_transformer(path: Path, backend: Backend, *, mmap: bool = True, compat:
     config = ZImageConfig.from_checkpoint(checkpoint)
     if compat == "sd.cpp":
         config = replace(config, qk_norm_eps=1e-6)
-    return _load(ZImageTransformer(config), checkpoint, backend, "z_image", mmap)
+    return _load(ZImageTransformer(config), checkpoint, backend, "z_image", options)
 
 
-def open_autoencoder(path: Path, backend: Backend, *, mmap: bool = True, encoder: bool = False) -> Component:
+def open_autoencoder(
+    path: Path, backend: Backend, *, options: LoadOptions | None = None, encoder: bool = False
+) -> Component:
     """The Flux autoencoder: its decoder, and its encoder when asked for. LoadError as above."""
     checkpoint = open_checkpoint(path)
     _require(checkpoint, "autoencoder", "Flux autoencoder", "--vae")
@@ -68,7 +73,7 @@ def open_autoencoder(path: Path, backend: Backend, *, mmap: bool = True, encoder
     config = AutoencoderConfig.from_checkpoint(checkpoint)
     if not encoder:
         checkpoint = checkpoint.renamed([(r"^encoder\..*$", None)])
-    return _load(AutoencoderKL(config, encoder=encoder), checkpoint, backend, "vae", mmap)
+    return _load(AutoencoderKL(config, encoder=encoder), checkpoint, backend, "vae", options)
 
 
 def _require(checkpoint: Checkpoint, role: str, architecture: str, option: str) -> None:
@@ -80,6 +85,8 @@ def _require(checkpoint: Checkpoint, role: str, architecture: str, option: str) 
         raise LoadError(f"{found.sentence()}; {option} wants a {role} ({architecture})", path=checkpoint.path)
 
 
-def _load(module: Module, checkpoint: Checkpoint, backend: Backend, component: str, mmap: bool) -> Component:
-    weights = load_params(module.params(), checkpoint, backend=backend, component=component, mmap=mmap)
+def _load(
+    module: Module, checkpoint: Checkpoint, backend: Backend, component: str, options: LoadOptions | None
+) -> Component:
+    weights = load_params(module.params(), checkpoint, backend=backend, component=component, options=options)
     return Component(module, weights, checkpoint)

@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from loader.errors import LoadError
+from loader.options import LoadOptions
 from pyggml import Backend, Cancelled, Graph, NonFinite
 
 from .. import autoencoder_kl, image, prompt_weights, schedule, sd_cpp_words
@@ -119,22 +120,23 @@ class ZImagePipeline:
     @classmethod
     def load(
         cls, diffusion_model: Path, llm: Path, vae: Path, *, backend: Backend | None = None,
-        n_threads: int | None = None, mmap: bool = True, compat: Compat = "diffusers",
+        n_threads: int | None = None, options: LoadOptions | None = None, compat: Compat = "diffusers",
         tokenizer: Tokenizer | None = None, encoder: bool = False,
     ) -> ZImagePipeline:  # fmt: skip
         """Load from three files (or diffusers folders). `encoder`: also the half of the autoencoder that img2img needs.
 
-        Weights stay in the mapped files where the backend can use them there. LoadError, before any computation, when a
-        file is broken, is not what it is given as, or lacks a tensor; OutOfMemory when what must be copied has no room.
+        Weights stay in the mapped files where the backend can use them there, unless `options` say otherwise.
+        LoadError, before any computation, when a file is broken, is not what it is given as, or lacks a tensor;
+        OutOfMemory when what must be copied has no room.
         """
         if compat not in ("diffusers", "sd.cpp"):
             raise ValueError(f"compat is 'diffusers' or 'sd.cpp', not {compat!r}")
         backend = backend or Backend.cpu(n_threads)
         opened: list[Component] = []
         try:
-            opened.append(open_text_encoder(llm, backend, mmap=mmap))
-            opened.append(open_transformer(diffusion_model, backend, mmap=mmap, compat=compat))
-            opened.append(open_autoencoder(vae, backend, mmap=mmap, encoder=encoder))
+            opened.append(open_text_encoder(llm, backend, options=options))
+            opened.append(open_transformer(diffusion_model, backend, options=options, compat=compat))
+            opened.append(open_autoencoder(vae, backend, options=options, encoder=encoder))
             llm_component, dit, autoencoder = opened
             width = llm_component.module.config.dim
             if dit.module.config.caption_dim != width:
