@@ -221,3 +221,9 @@ def test_read_at_without_pread(path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr("loader.mapped._HAS_PREAD", False)
     with MappedFile(path) as file:
         assert file.read_at(77, 1000) == DATA[77:1077]
+
+
+def test_nothing_can_be_read_anywhere(path: Path) -> None:
+    """Found by mutation: a tensor without elements behind padding that was cut off."""
+    with MappedFile(path) as file:
+        assert file.read_at(len(DATA) + 1, 0) == b""
