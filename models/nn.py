@@ -43,15 +43,28 @@ def linear(w: Tensor, x: Tensor) -> Tensor:
 
 
 class Linear(Module):
-    """y = W x + b. Weight ne [n_in, n_out], in whatever type the file has."""
+    """y = W x + b. Weight ne [n_in, n_out], in whatever type the file has.
 
-    def __init__(self, n_in: int, n_out: int, bias: bool = True, type: Type | None = None) -> None:
+    `headroom`: where x is rounded to f16 on its way, it is divided by this power of two, and the product multiplied.
+    """
+
+    def __init__(
+        self, n_in: int, n_out: int, bias: bool = True, type: Type | None = None, headroom: float = 1.0
+    ) -> None:
         self.weight = Param((n_in, n_out), type)
         self.bias = Param((n_out,), Type.F32) if bias else None
+        self.headroom = headroom
 
     def __call__(self, x: Tensor) -> Tensor:
-        y = linear(self.weight.tensor, x)  # ne [n_out, n_tokens]
+        y = self.product(x)  # ne [n_out, n_tokens]
         return y if self.bias is None else ops.add(y, self.bias.tensor)
+
+    def product(self, x: Tensor) -> Tensor:
+        """W x."""
+        w = self.weight.tensor
+        if self.headroom != 1 and _rounds_to_f16(w, x):
+            return ops.scale(linear(w, ops.scale(x, 1 / self.headroom)), self.headroom)
+        return linear(w, x)
 
 
 class RMSNorm(Module):
@@ -63,6 +76,14 @@ class RMSNorm(Module):
 
     def __call__(self, x: Tensor) -> Tensor:
         return ops.mul(ops.rms_norm(x, self.eps), self.weight.tensor)
+
+
+def linear_gelu(layer: Linear, x: Tensor) -> Tensor:
+    """GELU of a layer's result, by the tanh formula: y/2 (1 + tanh(sqrt(2/pi) (y + 0.044715 y^3)))."""
+    if not _on_cpu(x):
+        return ops.gelu(layer(x))
+    # ggml's own looks it up in a table of f16 on the processor
+    return ops.gelu_f32(layer.product(x), None if layer.bias is None else layer.bias.tensor)
 
 
 class Embedding(Module):
@@ -95,6 +116,22 @@ class GroupNorm(Module):
         return ops.silu(y) if silu else y
 
 
+class ChannelNorm(Module):
+    """Each pixel's channels divided by their root mean square, times gamma; SiLU after it on request."""
+
+    def __init__(self, n: int) -> None:
+        self.gamma = Param((n,), Type.F32)
+
+    def __call__(self, x: Tensor, silu: bool = False) -> Tensor:
+        """x and result: ne [width, height, n_channels]."""
+        eps = 1e-24 / x.ne[2]  # the reference divides by the length, but by no less than 1e-12
+        if _on_cpu(x):
+            return ops.channel_norm(x, self.gamma.tensor, eps, silu=silu)
+        y = ops.rms_norm(ops.cont(ops.permute(x, 1, 2, 0, 3)), eps)  # ne [n_channels, width, height]
+        y = ops.mul(ops.cont(ops.permute(y, 2, 0, 1, 3)), _channels(x, self.gamma))
+        return ops.silu(y) if silu else y
+
+
 class Conv2d(Module):
     """A 3x3 convolution that keeps the size, or halves it (then padded at the right and bottom only).
 
@@ -116,7 +153,7 @@ class Conv2d(Module):
         columns = ops.im2col(w, x, stride=self.stride, padding=pad, type=Type.F32)
         # Pixels as rows: the order that ggml multiplies fastest, and the result has a picture's layout.
         width, height = columns.ne[1:3]
-        kernel = ops.reshape(ops.cast(_use(x, w), Type.F32), -1, w.ne[3])  # ne [9 * n_in, n_out]
+        kernel = ops.reshape(ops.cast(graph_use(x, w), Type.F32), -1, w.ne[3])  # ne [9 * n_in, n_out]
         y = ops.mul_mat(ops.reshape(columns, -1, width * height), kernel)  # ne [width * height, n_out]
         y = ops.add(ops.reshape(y, width, height, -1), _channels(x, self.bias))
         return y if residual is None else ops.add(y, residual)
@@ -146,7 +183,14 @@ def _on_cpu(x: Tensor) -> bool:
     return isinstance(graph, Graph) and graph.backend.is_cpu
 
 
-def _use(x: Tensor, weight: Tensor) -> Tensor:
+def _rounds_to_f16(w: Tensor, x: Tensor) -> bool:
+    """Whether a product may hold x, or sums of it, in f16. On the processor: with f16 weights, and for q4_1 and q5_1,
+    whose kernel takes blocks of x with their sums. Elsewhere nobody promises anything.
+    """
+    return not _on_cpu(x) or w.type in (Type.F16, Type.Q4_1, Type.Q5_1)
+
+
+def graph_use(x: Tensor, weight: Tensor) -> Tensor:
     """`weight` as a tensor of x's graph, for operations on weights alone."""
     graph = x.ctx
     assert isinstance(graph, Graph)
@@ -155,7 +199,7 @@ def _use(x: Tensor, weight: Tensor) -> Tensor:
 
 def _channels(x: Tensor, param: Param) -> Tensor:
     """A vector ne [n] as ne [1, 1, n], to be broadcast over pixels."""
-    return ops.reshape(_use(x, param.tensor), 1, 1, -1)
+    return ops.reshape(graph_use(x, param.tensor), 1, 1, -1)
 
 
 def split_heads(x: Tensor, i_part: int, n_heads: int, head_dim: int) -> Tensor:
@@ -169,15 +213,21 @@ def split_heads(x: Tensor, i_part: int, n_heads: int, head_dim: int) -> Tensor:
     return ops.view(x, (head_dim, n_heads, x.ne[1]), (head_dim * size, stride), offset)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, headroom: float = 1.0) -> Tensor:
     """softmax(q k^T / sqrt(head_dim) + mask) v for each head.
 
     q: ne [head_dim, n_heads, n_tokens]; k, v: ne [head_dim, n_kv_heads, n_tokens], n_heads a multiple of n_kv_heads,
     consecutive heads sharing one; mask: f16, ne [n_tokens, n_tokens]. Returns ne [head_dim * n_heads, n_tokens].
+    `headroom`: where v is rounded to f16, it is divided by this power of two, and the result multiplied.
     """
     head_dim, n_heads, n_tokens, _ = q.ne
     if mask is None and head_dim % 32 == 0 and _on_cpu(q):
         return ops.reshape(ops.attention(q, k, v, head_dim**-0.5), head_dim * n_heads, n_tokens)
+    guarded = headroom != 1 and not _on_cpu(q)
+    if guarded:
+        v = ops.scale(v, 1 / headroom)
     q, k, v = (ops.permute(t, 0, 2, 1, 3) for t in (q, k, v))  # ne [head_dim, n_tokens, n_heads]
     y = ops.flash_attn_ext(q, k, v, mask, scale=head_dim**-0.5)  # ne [head_dim, n_heads, n_tokens]
+    if guarded:
+        y = ops.scale(y, headroom)
     return ops.reshape(y, head_dim * n_heads, n_tokens)

@@ -5,13 +5,15 @@
 //
 //   pyggml_conv2d_3x3(ctx, x, w, bias, residual, n_threads) -> y      padding 1, stride 1
 //     x         f32 [W, H, IC, N], contiguous
-//     w         f32, f16 or bf16 [3, 3, IC, OC], contiguous, as in the checkpoint
+//     w         f32, f16 or bf16 [3, 3, IC, OC], as in the checkpoint; the 3x3 of two channels contiguous, any strides
+//               between them: a view of one time step of a 3-D kernel will do
 //     bias      f32 [OC] or NULL
 //     residual  f32 [W, H, OC, N], contiguous, added to the result, or NULL
 //     y         f32 [W, H, OC, N]
 //   pyggml_group_norm(ctx, x, weight, bias, n_groups, eps, silu) -> y  like x [W, H, C, N]; weight, bias f32 [C]
+//   pyggml_channel_norm(ctx, x, gamma, eps, silu) -> y  gamma x / sqrt(mean of x^2 over channels + eps); gamma f32 [C]
 //
-// Both only build nodes, check nothing beyond asserts (callers check shapes), and must be computed by the CPU backend.
+// All only build nodes, check nothing beyond asserts (callers check shapes), and must be computed by the CPU backend.
 // n_threads bounds the threads that take part in a convolution, because each has its scratch space in the graph.
 //
 // A convolution is two nodes: the transformed weights (36 / 9 of the weights in f32, made anew in each run because that
@@ -132,8 +134,12 @@ static void compute_weights(struct ggml_tensor * dst, int ith, int nth, void * u
                 float taps[CHUNK * 9] = {0};
                 if (o < oc) {
                     const char * src = (const char *) w->data + o * w->nb[3] + c0 * w->nb[2];
-                    if (w->type == GGML_TYPE_F32) memcpy(taps, src, sizeof(float) * 9 * n);
-                    else to_float(src, taps, 9 * n);
+                    const bool dense = w->nb[2] == 9 * w->nb[0];
+                    for (int c = 0; c < n; c += dense ? n : 1) {
+                        const int64_t run = dense ? 9 * n : 9;
+                        if (w->type == GGML_TYPE_F32) memcpy(taps + 9 * c, src + c * w->nb[2], sizeof(float) * run);
+                        else to_float(src + c * w->nb[2], taps + 9 * c, run);
+                    }
                 }
                 for (int c = 0; c < n; c++) {
                     const float * g = taps + 9 * c;
@@ -351,6 +357,55 @@ struct ggml_tensor * pyggml_group_norm(struct ggml_context * ctx, struct ggml_te
     struct ggml_tensor * y = ggml_custom_4d(ctx, GGML_TYPE_F32, x->ne[0], x->ne[1], x->ne[2], x->ne[3], args, 3,
                                             compute_group_norm, GGML_N_TASKS_MAX, NULL);
     const struct norm_params params = {n_groups, eps, silu};
+    memcpy(y->op_params + NORM_PARAMS, &params, sizeof params);
+    return y;
+}
+
+// ---- norm of each pixel's channels, and SiLU ---------------------------------------------------------------------
+
+struct channel_norm_params {
+    float eps;
+    int32_t silu;
+};
+
+static void compute_channel_norm(struct ggml_tensor * dst, int ith, int nth, void * userdata) {
+    (void) userdata;
+    enum { RUN = 64 };  // pixels at a time: whole cache lines of each channel, and all channels stay in the cache
+    const struct ggml_tensor * x = dst->src[0];
+    const float * gamma = dst->src[1]->data;
+    struct channel_norm_params params;
+    memcpy(&params, dst->op_params + NORM_PARAMS, sizeof params);
+    const int64_t plane = x->ne[0] * x->ne[1], channels = x->ne[2], runs = ceil_div(plane, RUN), all = runs * x->ne[3];
+
+    for (int64_t item = all * ith / nth; item < all * (ith + 1) / nth; item++) {
+        const int64_t at = item / runs * channels * plane + item % runs * RUN;
+        const int64_t left = plane - item % runs * RUN, n = left < RUN ? left : RUN;
+        const float * in = (const float *) x->data + at;
+        float * out = (float *) dst->data + at, scale[RUN] = {0};
+        for (int64_t c = 0; c < channels; c++)
+            for (int64_t i = 0; i < n; i++) scale[i] += in[c * plane + i] * in[c * plane + i];
+        for (int64_t i = 0; i < n; i++) scale[i] = 1.0f / sqrtf(scale[i] / (float) channels + params.eps);
+        for (int64_t c = 0; c < channels; c++) {
+            const float * s = in + c * plane;
+            float * o = out + c * plane;
+            for (int64_t i = 0; i < n; i += LANES) {
+                const size_t bytes = (size_t) (n - i < LANES ? n - i : LANES) * sizeof(float);
+                vf y = {0};
+                memcpy(&y, s + i, bytes);
+                y *= load(scale + i) * gamma[c];
+                if (params.silu) y = y / (1.0f + exponential(-y));
+                memcpy(o + i, &y, bytes);
+            }
+        }
+    }
+}
+
+struct ggml_tensor * pyggml_channel_norm(struct ggml_context * ctx, struct ggml_tensor * x, struct ggml_tensor * gamma,
+                                         float eps, bool silu) {
+    struct ggml_tensor * args[2] = {x, gamma};
+    struct ggml_tensor * y = ggml_custom_4d(ctx, GGML_TYPE_F32, x->ne[0], x->ne[1], x->ne[2], x->ne[3], args, 2,
+                                            compute_channel_norm, GGML_N_TASKS_MAX, NULL);
+    const struct channel_norm_params params = {eps, silu};
     memcpy(y->op_params + NORM_PARAMS, &params, sizeof params);
     return y;
 }

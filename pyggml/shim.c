@@ -12,6 +12,7 @@
 
 #include "attention.h"
 #include "conv.h"
+#include "gelu.h"
 #include "gemm.h"
 
 #include <math.h>

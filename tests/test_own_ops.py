@@ -1,4 +1,4 @@
-"""Our own kernels (conv.c, gemm.c, attention.c) against exact arithmetic: odd sizes, types, numbers of threads."""
+"""Our own kernels (pyggml/*.c) against exact arithmetic: odd sizes, types, numbers of threads."""
 
 from __future__ import annotations
 
@@ -84,6 +84,52 @@ def test_group_norm(backend: Backend, silu: bool, width: int, height: int, chann
     assert np.abs(out - y).max() <= 2e-6 * (1 + np.abs(y).max()) + (0 if width * height > 1 else 1e-3)
 
 
+@pytest.mark.parametrize("type", [Type.F32, Type.F16, Type.BF16], ids=lambda t: t.name)
+def test_convolution_with_one_time_step_of_a_3d_kernel(backend: Backend, type: Type) -> None:
+    n_in, n_out = 35, 4  # more channels than are transformed at once
+    w = (RNG.standard_normal((n_out * n_in, 3, 3, 3)) / 18).astype(np.float32)
+    x = RNG.standard_normal((n_in, 6, 9)).astype(np.float32)
+    kernel = placed(w, type, backend)
+    graph = Graph(backend, 64)
+    all_steps, size = graph.use(kernel), kernel.nb[0]
+    strides = 3 * size, 27 * size, 27 * size * n_in
+    last = ops.view(all_steps, (3, 3, n_in, n_out), strides, offset=18 * size)
+    graph.output(ops.conv_2d_3x3(last, graph.input((9, 6, n_in), name="x")), name="y")
+    taps = kernel.numpy().reshape(n_out, n_in, 3, 3, 3)[:, :, 2].astype(np.float64)
+    exact = convolve(x[None].astype(np.float64), taps)[0]
+    assert np.abs(graph.compute(x=x)["y"] - exact).max() <= 1e-5 * (np.abs(exact).max() + 1)
+
+
+@pytest.mark.parametrize("silu", [False, True])
+@pytest.mark.parametrize(("width", "height", "channels", "n"), [(1, 1, 3, 1), (5, 13, 96, 2), (64, 3, 7, 1)])
+def test_channel_norm(backend: Backend, silu: bool, width: int, height: int, channels: int, n: int) -> None:
+    x = (1 + 5 * RNG.standard_normal((n, channels, height, width))).astype(np.float32)
+    x[0, :, 0, 0] = 0  # nothing to divide by
+    gamma = RNG.standard_normal(channels).astype(np.float32)
+    graph = Graph(backend, 64)
+    args = graph.input(x.shape[::-1], name="x"), graph.input((channels,), name="gamma")
+    graph.output(ops.channel_norm(*args, 1e-20, silu=silu), name="y")
+    out = graph.compute(x=x, gamma=gamma)["y"].reshape(x.shape)
+    y = x / np.sqrt((x.astype(np.float64) ** 2).mean(1, keepdims=True) + 1e-20) * gamma[:, None, None]
+    y = y / (1 + np.exp(-y)) if silu else y
+    assert np.abs(out - y).max() <= 2e-6 * np.abs(y).max()
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize(("n", "n_rows"), [(1, 1), (35, 3), (64, 10)])
+def test_gelu(backend: Backend, with_bias: bool, n: int, n_rows: int) -> None:
+    x = (4 * RNG.standard_normal((n_rows, n))).astype(np.float32)
+    x.flat[0] = -200
+    bias = RNG.standard_normal(n).astype(np.float32)
+    graph = Graph(backend, 64)
+    a, b = graph.input((n, n_rows), name="x"), graph.input((n,), name="b") if with_bias else None
+    graph.output(ops.gelu_f32(a, b), name="y")
+    out = graph.compute(x=x, **({"b": bias} if with_bias else {}))["y"].reshape(x.shape)
+    v = x.astype(np.float64) + (bias if with_bias else 0)
+    exact = v / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (v + 0.044715 * v**3)))
+    assert np.abs(out - exact).max() <= 1e-6 * (1 + np.abs(exact).max())
+
+
 @pytest.mark.parametrize("type", [Type.Q8_0, Type.Q4_K], ids=lambda t: t.name)
 @pytest.mark.parametrize(("n_rows", "n_tokens"), [(1, 4), (15, 5), (16, 6), (47, 7), (64, 33), (130, 100), (33, 515)])
 @pytest.mark.parametrize("n_in", [256, 1280])
@@ -150,11 +196,15 @@ def test_wrong_arguments(backend: Backend) -> None:
     graph = Graph(backend, 64)
     x = graph.input((8, 8, 4), name="x")
     for kernel in ((3, 3, 5, 2), (1, 1, 4, 2)):
-        with pytest.raises(ShapeError, match="no contiguous"):
+        with pytest.raises(ShapeError, match="each 3x3 contiguous"):
             ops.conv_2d_3x3(placed(np.zeros(kernel[::-1], np.float32), Type.F32, backend), x)
     with pytest.raises(ShapeError, match="groups"):
         vector = graph.input((4,), name="v")
         ops.group_norm_scaled(x, vector, vector, 3)
+    with pytest.raises(ShapeError, match=r"not f32 of ne \[4\]"):
+        ops.channel_norm(x, graph.input((3,)))
+    with pytest.raises(ShapeError, match=r"no f32 bias of ne \[8\]"):
+        ops.gelu_f32(x, graph.input((4,)))
     with pytest.raises(ShapeError, match="do not go together"):
         ops.attention(graph.input((48, 2, 3)), graph.input((48, 2, 3)), graph.input((48, 2, 3)), 1.0)
     with pytest.raises(ShapeError, match="do not go together"):

@@ -21,7 +21,7 @@ from loader.errors import LoadError
 from loader.params import Param
 from pyggml import Backend, Graph, Tensor, Type, ops
 
-from ..nn import Linear, Module, RMSNorm, attention, split_heads
+from ..nn import Linear, Module, RMSNorm, attention, graph_use, split_heads
 from ..rope import apply_rope_axes
 
 PATCH = 2  # latent pixels along a side of a patch
@@ -276,13 +276,6 @@ def pad_tokens(x: Tensor, token: Tensor) -> Tensor:
         return x
     rows = ops.repeat(ops.reshape(graph_use(x, token), dim, 1), (dim, padded(n) - n))
     return ops.concat(x, rows, dim=1)
-
-
-def graph_use(x: Tensor, weight: Tensor) -> Tensor:
-    """`weight` as a tensor of x's graph."""
-    graph = x.ctx
-    assert isinstance(graph, Graph)
-    return graph.use(weight)
 
 
 def input_positions(graph: Graph, n_tokens: int) -> list[Tensor]:

@@ -120,7 +120,7 @@ from .image import (
 )  # fmt: skip
 from .matmul import mul_mat, mul_mat_id, out_prod, solve_tri
 from .norm import group_norm, l2_norm, norm, rms_norm
-from .own import attention, conv_2d_3x3, group_norm_scaled, mul_mat_fast
+from .own import attention, channel_norm, conv_2d_3x3, gelu_f32, group_norm_scaled, mul_mat_fast
 from .reduce import argmax, argsort, argsort_top_k, count_equal, cumsum, mean, sum, sum_rows, top_k
 from .sequence import (
     dsv4_hc_comb,
@@ -168,15 +168,14 @@ from .training import (
 __all__ = [
     "ALIGN_CORNERS", "ANTIALIAS", "N_TASKS_MAX", "ROPE_IMROPE", "ROPE_MROPE", "ROPE_NEOX", "ROPE_NORMAL",
     "ROPE_VISION", "abs", "acc", "add", "add_cast", "add_id", "add_rel_pos", "arange", "argmax", "argsort",
-    "argsort_top_k", "attention", "cast", "ceil", "chunk", "clamp", "col2im_1d", "concat", "cont", "conv_1d",
-    "conv_1d_dw",
-    "conv_1d_dw_ph", "conv_1d_ph", "conv_2d", "conv_2d_3x3", "conv_2d_direct", "conv_2d_dw",
+    "argsort_top_k", "attention", "cast", "ceil", "channel_norm", "chunk", "clamp", "col2im_1d", "concat", "cont",
+    "conv_1d", "conv_1d_dw", "conv_1d_dw_ph", "conv_1d_ph", "conv_2d", "conv_2d_3x3", "conv_2d_direct", "conv_2d_dw",
     "conv_2d_dw_direct", "conv_2d_s1_ph", "conv_2d_sk_p0", "conv_3d", "conv_3d_direct", "conv_transpose_1d",
     "conv_transpose_2d", "cos", "count_equal", "cpy", "cross_entropy_loss", "cross_entropy_loss_back", "cumsum",
     "custom_4d", "custom_inplace", "diag", "diag_mask_inf", "diag_mask_zero", "div", "dsv4_hc_comb",
     "dsv4_hc_post", "dsv4_hc_pre", "dsv4_hc_pre_gated", "dup", "elu", "exp", "expm1", "fill", "flash_attn_ext",
     "floor", "gated_delta_net", "gated_linear_attn", "geglu", "geglu_erf", "geglu_erf_split", "geglu_quick",
-    "geglu_quick_split", "geglu_split", "gelu", "gelu_erf", "gelu_quick", "get_rel_pos", "get_rows",
+    "geglu_quick_split", "geglu_split", "gelu", "gelu_erf", "gelu_f32", "gelu_quick", "get_rel_pos", "get_rows",
     "get_rows_back", "group_norm", "group_norm_scaled", "hardsigmoid", "hardswish", "im2col", "im2col_3d",
     "im2col_back", "interpolate", "l2_norm", "leaky_relu", "lightning_indexer", "log", "mean", "mul", "mul_mat",
     "mul_mat_fast", "mul_mat_id", "narrow", "neg", "norm", "opt_step_adamw", "opt_step_sgd", "out_prod", "pad",

@@ -1,4 +1,4 @@
-"""Operations of our own, in C (conv.c, gemm.c, attention.c), for the CPU: where ggml's are far slower or larger."""
+"""Operations of our own, in C, for the CPU: where ggml's are far slower or larger, or less exact."""
 
 from __future__ import annotations
 
@@ -14,14 +14,19 @@ _KERNELS = (Type.F32, Type.F16, Type.BF16)
 def conv_2d_3x3(kernel: Tensor, x: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
     """A 3x3 convolution with padding 1 and stride 1, plus `bias` and `residual`, by Winograd's F(4x4, 3x3).
 
-    x: f32 [W, H, IC, N], contiguous; kernel: f32, f16 or bf16 [3, 3, IC, OC]; bias: f32 [OC]; residual and result: f32
-    [W, H, OC, N]. Error against exact arithmetic about 2e-6 of the output (rms), as a plain f32 sum has 1e-6.
+    x: f32 [W, H, IC, N], contiguous; kernel: f32, f16 or bf16 [3, 3, IC, OC], each 3x3 contiguous, such as a view of
+    one time step of a 3-D kernel; bias: f32 [OC]; residual and result: f32 [W, H, OC, N].
+    Error against exact arithmetic about 2e-6 of the output (rms), as a plain f32 sum has 1e-6.
     ShapeError when shapes or types differ from that, or the graph is not the CPU's.
     """
     width, height, channels, n = x.ne
-    if kernel.ne[:3] != (3, 3, channels) or kernel.type not in _KERNELS or not kernel.is_contiguous:
+    size = kernel.nb[0]
+    if (
+        kernel.ne[:3] != (3, 3, channels) or kernel.type not in _KERNELS
+        or kernel.nb[:2] != (size, 3 * size) or size != kernel.type.type_size
+    ):  # fmt: skip
         wanted = f"[3, 3, {channels}, n_out]"
-        raise ShapeError(f"conv_2d_3x3: {kernel!r} is no contiguous f32, f16 or bf16 kernel of ne {wanted}")
+        raise ShapeError(f"conv_2d_3x3: {kernel!r} is no f32, f16 or bf16 kernel of ne {wanted}, each 3x3 contiguous")
     if x.type is not Type.F32 or not x.is_contiguous:
         raise ShapeError(f"conv_2d_3x3: {x!r} is not f32 and contiguous")
     n_out = kernel.ne[3]
@@ -64,6 +69,42 @@ def group_norm_scaled(
     ptr = lib.py_pyggml_group_norm(graph.ptr, x.ptr, weight.ptr, bias.ptr, n_groups, eps, silu)
     if ptr == ffi.NULL:
         refuse("group_norm_scaled", (x, weight, bias), (n_groups, eps, silu))
+    return Tensor(ptr, graph)
+
+
+def channel_norm(x: Tensor, gamma: Tensor, eps: float = 0.0, *, silu: bool = False) -> Tensor:
+    """gamma * x / sqrt(mean of x² over the channels + eps) for each pixel, then SiLU when asked.
+
+    x: f32 [W, H, C, N], contiguous; gamma: f32 [C]. Result like x.
+    ShapeError when shapes or types differ from that, or the graph is not the CPU's.
+    """
+    if x.type is not Type.F32 or not x.is_contiguous:
+        raise ShapeError(f"channel_norm: {x!r} is not f32 and contiguous")
+    if gamma.type is not Type.F32 or gamma.ne != (x.ne[2], 1, 1, 1):
+        raise ShapeError(f"channel_norm: {gamma!r} is not f32 of ne [{x.ne[2]}]")
+    graph = graph_of(x, gamma)
+    _check_cpu("channel_norm", graph)
+    ptr = lib.py_pyggml_channel_norm(graph.ptr, x.ptr, gamma.ptr, eps, silu)
+    if ptr == ffi.NULL:
+        refuse("channel_norm", (x, gamma), (eps, silu))
+    return Tensor(ptr, graph)
+
+
+def gelu_f32(x: Tensor, bias: Tensor | None = None) -> Tensor:
+    """GELU of x + bias by its tanh formula, in f32, where ggml's `gelu` looks it up in a table of f16.
+
+    x: f32 [N, ...], contiguous; bias: f32 [N]. Result like x.
+    ShapeError when shapes or types differ from that, or the graph is not the CPU's.
+    """
+    if x.type is not Type.F32 or not x.is_contiguous:
+        raise ShapeError(f"gelu_f32: {x!r} is not f32 and contiguous")
+    if bias is not None and (bias.type is not Type.F32 or bias.ne != (x.ne[0], 1, 1, 1)):
+        raise ShapeError(f"gelu_f32: {bias!r} is no f32 bias of ne [{x.ne[0]}]")
+    graph = graph_of(x, bias)
+    _check_cpu("gelu_f32", graph)
+    ptr = lib.py_pyggml_gelu(graph.ptr, x.ptr, NULL if bias is None else bias.ptr)
+    if ptr == ffi.NULL:
+        refuse("gelu_f32", (x, bias))
     return Tensor(ptr, graph)
 
 

@@ -1,6 +1,6 @@
 """Make the golden files of this folder: tiny random models of the reference implementations, and what they compute.
 
-    python tests/golden/make.py [FOLDER]          needs torch, diffusers, transformers; takes seconds, no network
+    python tests/golden/make.py [FOLDER [NAME...]]  needs torch, diffusers, transformers; takes seconds, no network
 
 Each file is an .npz of plain arrays; `json` arrays hold settings. Models share their sizes, so that the pipeline file
 stores no weights: it runs the three models of the other files.
@@ -12,6 +12,10 @@ stores no weights: it runs the three models of the other files.
                               hidden_k is HF's hidden_states[-k]
     autoencoder_kl.npz        config, weights/<diffusers name>, {latents [16,h,w], decoded [3,H,W]} (latents as the
                               decoder takes them, unscaled) and {pixels [3,H,W] in [-1,1], mean, logvar [16,h,w]}
+    qwen_image_transformer.npz  config, weights/<name>, layered/weights/<name> (what the layered model has besides), and
+                              cases t2i, edit (two references), zero (edit with zero_cond_t), layered (two targets, one
+                              reference): <case>/{targets [n,16,H,W], reference_<i> [16,H,W], t, text [L,48],
+                              out [n,16,H,W]}
     schedules.npz             shift_<s>/<n>: the n+1 sigmas of the Z-Image pipelines
     noise.npz                 seed_<s>/<n>: torch.randn of a fresh CPU generator; mixed/<i>: calls on one generator
     pipeline.npz              tokenizer (a tokenizer.json), runs: settings and results of whole pipelines
@@ -37,6 +41,8 @@ import torch
 from diffusers import (
     AutoencoderKL,
     FlowMatchEulerDiscreteScheduler,
+    QwenImagePipeline,
+    QwenImageTransformer2DModel,
     ZImageImg2ImgPipeline,
     ZImagePipeline,
     ZImageTransformer2DModel,
@@ -128,6 +134,29 @@ def make_transformer() -> ZImageTransformer2DModel:
     model.t_embedder = TimestepEmbedder(DIM, mid_size=128)
     randomize(model, seed=1)
     shrink(model, ("to_q.weight", "to_k.weight"), 2**-5)
+    return model.eval()
+
+
+def make_qwen_transformer(zero_cond_t: bool = False, layered: bool = False) -> QwenImageTransformer2DModel:
+    sizes = dict(
+        in_channels=64,
+        out_channels=16,
+        num_layers=2,
+        attention_head_dim=32,
+        num_attention_heads=2,
+        joint_attention_dim=48,
+        axes_dims_rope=(4, 14, 14),
+    )
+    model = QwenImageTransformer2DModel(**sizes)
+    randomize(model, seed=4, levels=2.0)
+    shrink(model, ("to_q.weight", "to_k.weight", "add_q_proj.weight", "add_k_proj.weight"), 2**-5)
+    if zero_cond_t or layered:  # the same weights
+        other = QwenImageTransformer2DModel(
+            **sizes, zero_cond_t=zero_cond_t, use_additional_t_cond=layered, use_layer3d_rope=layered
+        )
+        randomize(other, seed=5, levels=2.0)
+        other.load_state_dict(model.state_dict(), strict=False)
+        model = other
     return model.eval()
 
 
@@ -265,6 +294,47 @@ def autoencoder_kl() -> Arrays:
     return out
 
 
+def pack(latents: torch.Tensor) -> torch.Tensor:
+    """[16, H, W] to tokens [H/2 * W/2, 64], by the pipeline's own function."""
+    c, h, w = latents.shape
+    return QwenImagePipeline._pack_latents(latents[None], 1, c, h, w)[0]
+
+
+def qwen_image_transformer() -> Arrays:
+    model = make_qwen_transformer()
+    out = {"config": text(dict(model.config)), **weights(model)}
+    grids = {  # latents of the targets, then of the references
+        "t2i": ([(10, 14)], [], 21, 0.3),
+        "edit": ([(10, 14)], [(6, 8), (12, 18)], 9, 0.85),
+        "zero": ([(10, 14)], [(6, 8), (12, 18)], 9, 0.85),
+        "layered": ([(8, 6)] * 6, [(8, 6)], 5, 0.6),
+    }
+    for case, (targets, references, length, t) in grids.items():
+        model = make_qwen_transformer(zero_cond_t=case == "zero", layered=case == "layered")
+        x = torch.stack([gaussian(60 + i, 16, *size) for i, size in enumerate(targets)])
+        refs = [gaussian(70 + i, 16, *size) for i, size in enumerate(references)]
+        features = gaussian(80, length, 48)
+        tokens = torch.cat([pack(y) for y in (*x, *refs)])
+        n = sum(h * w // 4 for h, w in targets)
+        velocity = model(
+            tokens[None],
+            encoder_hidden_states=features[None],
+            timestep=torch.tensor([t]),
+            img_shapes=[[(1, h // 2, w // 2) for h, w in (*targets, *references)]],
+            additional_t_cond=torch.tensor([0]) if case == "layered" else None,
+            return_dict=False,
+        )[0][0, :n]
+        h, w = targets[0]
+        parts = velocity.reshape(len(targets), -1, 64)
+        pictures = [QwenImagePipeline._unpack_latents(p[None], 8 * h, 8 * w, 8)[0, :, 0] for p in parts]
+        arrays = {"targets": x, "t": torch.tensor(t), "text": features, "out": torch.stack(pictures)}
+        arrays |= {f"reference_{i}": y for i, y in enumerate(refs)}
+        out |= {f"{case}/{k}": v.numpy() for k, v in arrays.items()}
+        if case == "layered":
+            out |= {f"layered/{k}": v for k, v in weights(model).items() if "addition" in k}
+    return out
+
+
 def schedules() -> Arrays:
     out: Arrays = {}
     for shift in (3.0, 6.0):
@@ -368,6 +438,7 @@ def record(owner: object, method: str, tape: Arrays, pick: Any) -> None:
 FILES = {
     "z_image_transformer": z_image_transformer,
     "qwen3": qwen3,
+    "qwen_image_transformer": qwen_image_transformer,
     "autoencoder_kl": autoencoder_kl,
     "schedules": schedules,
     "noise": noise,
@@ -393,9 +464,10 @@ def save(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
 
 
 def main(argv: Iterable[str]) -> None:
-    folder = Path(next(iter(argv), Path(__file__).parent))
+    folder, *names = [*argv] or [Path(__file__).parent]
+    folder = Path(folder)
     torch.set_num_threads(1)
-    for name in FILES:
+    for name in names or FILES:
         path = folder / f"{name}.npz"
         arrays = derive(name)
         save(path, arrays)

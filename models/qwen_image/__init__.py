@@ -1,0 +1,5 @@
+"""Qwen-Image: the transformer, and how its prompts are written."""
+
+from .transformer import QwenImageConfig, QwenImageTransformer
+
+__all__ = ["QwenImageConfig", "QwenImageTransformer"]

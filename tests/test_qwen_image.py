@@ -1,0 +1,159 @@
+"""Qwen-Image's networks against the reference implementation's output on tiny random models (tests/golden)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from safetensors.numpy import save_file
+
+from loader.checkpoint import Checkpoint, open_checkpoint
+from loader.params import load_params
+from models.nn import Linear
+from models.qwen_image import transformer as net
+from models.qwen_image.transformer import QwenImageConfig, QwenImageTransformer
+from pyggml import Backend, Buffer, Context, Graph, Type, ops
+
+GOLDEN = Path(__file__).parent / "golden"
+TOLERANCE = 1e-4  # relative to the largest value
+
+
+@pytest.fixture(scope="module")
+def backend() -> Backend:
+    return Backend.cpu(2)
+
+
+def golden(name: str) -> Mapping[str, Any]:
+    with np.load(GOLDEN / f"{name}.npz") as file:
+        return {key: file[key] for key in file.files}
+
+
+def weights_of(arrays: Mapping[str, Any], prefix: str = "weights/") -> dict[str, NDArray[np.float32]]:
+    return {k.removeprefix(prefix): np.ascontiguousarray(v) for k, v in arrays.items() if k.startswith(prefix)}
+
+
+def saved(tensors: Mapping[str, Any], folder: Path) -> Checkpoint:
+    """Tensors as a file, through the loader like any other."""
+    save_file(dict(tensors), folder / "model.safetensors")
+    return open_checkpoint(folder / "model.safetensors")
+
+
+def close_to(actual: Any, expected: Any, tolerance: float = TOLERANCE) -> None:
+    assert actual.shape == expected.shape
+    error = np.abs(actual - expected).max() / np.abs(expected).max()
+    assert error <= tolerance, f"relative error {error:.2e}"
+
+
+# -- transformer -----------------------------------------------------------------------------------------------------
+
+
+def transformer(folder: Path, backend: Backend, case: str) -> tuple[QwenImageTransformer, Any]:
+    """The model of a case as a file: zero_cond_t is a mark in it, the layered model has a tensor more."""
+    arrays = golden("qwen_image_transformer")
+    tensors = weights_of(arrays)
+    if case == "layered":
+        tensors |= weights_of(arrays, "layered/weights/")
+    if case == "zero":
+        tensors[net.ZERO_COND_T] = np.zeros(0, np.float32)
+    checkpoint = saved(tensors, folder)
+    config = QwenImageConfig.from_checkpoint(checkpoint)
+    reference = json.loads(str(arrays["config"]))
+    assert config == QwenImageConfig(
+        dim=64, n_heads=reference["num_attention_heads"], head_dim=reference["attention_head_dim"],
+        n_layers=reference["num_layers"], ff_dim=256, text_dim=reference["joint_attention_dim"], patch_dim=64,
+        axes_dims=tuple(reference["axes_dims_rope"]), zero_cond_t=case == "zero", layered=case == "layered",
+    )  # fmt: skip
+    module = QwenImageTransformer(config)
+    params = module.params()
+    return module, load_params(params, checkpoint.renamed(net.RENAMES), backend=backend, component="qwen_image")
+
+
+@pytest.mark.parametrize("case", ["t2i", "edit", "zero", "layered"])
+def test_transformer(backend: Backend, tmp_path: Path, case: str) -> None:
+    arrays = golden("qwen_image_transformer")
+    module, weights = transformer(tmp_path, backend, case)
+    targets, text, sigma = (arrays[f"{case}/{k}"] for k in ("targets", "text", "t"))
+    references = [arrays[k] for k in sorted(arrays) if k.startswith(f"{case}/reference_")]
+    h, w = targets.shape[-2:]
+    grids = [(r.shape[1] // 2, r.shape[2] // 2) for r in references]
+    with weights:
+        with module.context_graph(backend, len(text)) as graph:
+            context = graph.compute(features=text)["context"]
+        zero, at_sigma = module.modulate(backend, [0.0, float(sigma.item())])
+        patches = np.concatenate([net.patchify(x) for x in (*targets, *references)])
+        n = len(targets) * h * w // 4
+        inputs = dict(
+            patches=patches, context=context, modulation_image=at_sigma.image, modulation_text=at_sigma.text,
+            position=net.joint_positions(
+                len(text), (h // 2, w // 2), grids, n_targets=len(targets), layered=module.config.layered
+            ),
+        )  # fmt: skip
+        if case == "zero":
+            inputs["modulation_zero"] = zero.image[:-2]
+        with module.step_graph(backend, n, len(text), len(patches) - n) as graph:
+            out = graph.compute(**inputs)["out"]
+            again = graph.compute(patches=patches)["out"]  # inputs are kept from one computation to the next
+    assert np.array_equal(out, again)
+    close_to(np.stack([net.unpatchify(p, h, w) for p in np.split(out, len(targets))]), arrays[f"{case}/out"])
+
+
+def test_modulation_is_the_same_however_many_times_there_are(backend: Backend, tmp_path: Path) -> None:
+    module, weights = transformer(tmp_path, backend, "t2i")
+    sigmas = np.linspace(1, 0.1, net.TIMES_AT_ONCE + 3)
+    with weights:
+        together = module.modulate(backend, sigmas)
+        for i in (0, net.TIMES_AT_ONCE - 1, net.TIMES_AT_ONCE, len(sigmas) - 1):
+            (alone,) = module.modulate(backend, sigmas[i : i + 1])
+            close_to(together[i].image, alone.image, 1e-6)
+            close_to(together[i].text, alone.text, 1e-6)
+
+
+@pytest.mark.parametrize("type", [Type.F16, Type.Q4_1, Type.Q5_1, Type.BF16, Type.Q8_0, Type.Q4_0, Type.Q4_K],
+                         ids=lambda t: t.name)  # fmt: skip
+def test_headroom(backend: Backend, type: Type) -> None:
+    """Activations beyond f16, which the real model has, go through a layer with headroom whatever its weights are."""
+    n = 256
+    layer = Linear(n, n, headroom=net.DOWN_HEADROOM)
+    rng = np.random.default_rng(0)
+    values = {"weight": rng.standard_normal((n, n)) / 16, "bias": rng.standard_normal(n)}
+    context = Context(4)
+    for name, kind in (("weight", type), ("bias", Type.F32)):
+        getattr(layer, name).tensor = context.new_tensor(values[name].shape, kind)
+    Buffer.allocate(context, backend.buffer_type)
+    for name in values:
+        getattr(layer, name).tensor.set(values[name].astype(np.float32))
+    x = (1e5 * (1 + rng.random((5, n)))).astype(np.float32)
+    with Graph(backend, 64) as graph:
+        a = graph.input((n, 5), name="x")
+        graph.output(layer(a), name="y")
+        graph.output(ops.mul_mat(layer.weight.tensor, a), name="plain")
+        out = graph.compute(x=x)
+    exact = x @ layer.weight.tensor.numpy().T + values["bias"]
+    assert np.abs(out["y"] - exact).max() <= 0.01 * np.abs(exact).max()
+    if type in (Type.F16, Type.Q4_1, Type.Q5_1):
+        assert not np.isfinite(out["plain"]).all()  # else nobody needs the headroom any more
+
+
+def test_patches() -> None:
+    x = np.arange(16 * 6 * 4, dtype=np.float32).reshape(16, 6, 4)
+    patches = net.patchify(x)
+    assert patches.shape == (6, 64)
+    assert patches[1, 4 * 5 + 2] == x[5, 1, 2]  # second patch: row 0, columns 2..3; channel 5, second row, first column
+    assert np.array_equal(net.unpatchify(patches, 6, 4), x)
+
+
+def test_positions() -> None:
+    """An odd grid is centred differently by the two; text begins behind the largest picture, or behind the target."""
+    ours = net.joint_positions(2, (3, 4), [(10, 2)])
+    assert ours[:, :2].tolist() == [[5, 6]] * 3
+    assert ours[1, 2:14].tolist() == [-2] * 4 + [-1] * 4 + [0] * 4 and ours[2, 2:6].tolist() == [-2, -1, 0, 1]
+    assert set(ours[0, 2:14]) == {0} and set(ours[0, 14:]) == {1} and ours[1, 14] == -5
+    theirs = net.joint_positions(2, (3, 4), [(10, 2)], compat="sd.cpp")
+    assert theirs[:, :2].tolist() == [[2, 3]] * 3 and theirs[1, 2:14].tolist() == [-1] * 4 + [0] * 4 + [1] * 4
+    layered = net.joint_positions(1, (2, 2), [(2, 2)], n_targets=3, layered=True)
+    assert layered[0].tolist() == [3] + [0] * 4 + [1] * 4 + [2] * 4 + [-1] * 4
