@@ -8,8 +8,8 @@
 // ggml's kernels take a few rows at a time. Here a strip of 16 weight rows (32 with AVX-512) is unpacked once for up to
 // 512 tokens, lanes are rows, and a register block of 2 vectors of rows by 6 tokens is summed over K:
 //   q8_0  int16 x int16 (vpmaddwd or vpdpwssd). Activations have 16 bits, so they add no error to speak of.
-//   q4_K  uint8 x int8 (vpmaddubsw): eight products of a nibble fit int16, so a block of 32 needs one widening step.
-//         Activations have 8 bits per 256, like ggml's own q8_K. Machines with AVX512-VNNI have a better one in ggml.
+//   q4_K  uint8 x int8. Activations have 8 bits per 256, like ggml's own q8_K. vpdpbusd sums a block of 32 in int32; without
+//         it vpmaddubsw does in int16, which eight products of a nibble fit, so that a block needs one widening step.
 //
 // A product is two nodes: the activations, quantised and laid out as the kernel reads them, and the product.
 // Layout of the first: header (counter of work items), scales f32 [chunk of 256][token], then for each chunk, by tiles of
@@ -33,6 +33,9 @@
 
 #ifdef __AVX512BW__
 #define LANES 16
+#ifdef __AVX512VNNI__
+#define VNNI
+#endif
 typedef __m512i vint;
 typedef __m512 vfloat;
 #define V(op) _mm512_##op
@@ -77,17 +80,19 @@ _Static_assert(sizeof(struct block_q8_0) == 34 && sizeof(struct block_q4_K) == 1
 //   NEXT   a0 += w0 * x, a1 += w1 * x
 #ifndef NEXT  // a test that emulates the other width brings its own
 #define FIRST_WORDS "vpmaddwd %[w0], %[x], %[a0]\n\tvpmaddwd %[w1], %[x], %[a1]"
-#define FIRST_BYTES "vpmaddubsw %[x], %[w0], %[a0]\n\tvpmaddubsw %[x], %[w1], %[a1]"
-#ifdef __AVX512VNNI__
+#ifdef VNNI
 #define NEXT_WORDS "vpdpwssd %[w0], %[x], %[a0]\n\tvpdpwssd %[w1], %[x], %[a1]"
+#define NEXT_BYTES "vpdpbusd %[x], %[w0], %[a0]\n\tvpdpbusd %[x], %[w1], %[a1]"
+#define FIRST_BYTES "vpxord %[a0], %[a0], %[a0]\n\tvpxord %[a1], %[a1], %[a1]\n\t" NEXT_BYTES
 #else
+#define FIRST_BYTES "vpmaddubsw %[x], %[w0], %[a0]\n\tvpmaddubsw %[x], %[w1], %[a1]"
 #define NEXT_WORDS                                                                                     \
     "vpmaddwd %[w0], %[x], %[y]\n\tvpmaddwd %[w1], %[x], %[x]\n\tvpaddd %[y], %[a0], %[a0]\n\t" \
     "vpaddd %[x], %[a1], %[a1]"
-#endif
 #define NEXT_BYTES                                                                                         \
     "vpmaddubsw %[x], %[w0], %[y]\n\tvpmaddubsw %[x], %[w1], %[x]\n\tvpaddw %[y], %[a0], %[a0]\n\t" \
     "vpaddw %[x], %[a1], %[a1]"
+#endif
 #define FIRST(what, a0_, a1_, w0_, w1_, p)                                                                      \
     do {                                                                                                        \
         vint x_;                                                                                                \
@@ -103,15 +108,6 @@ _Static_assert(sizeof(struct block_q8_0) == 34 && sizeof(struct block_q4_K) == 1
                 : [w0] "v"(w0_), [w1] "v"(w1_), [m] "m"(*(const int32_t (*)[1]) (const void *) (p)));           \
     } while (0)
 #endif
-
-// acc + the sum of two products of int16 in each lane
-static inline vint dot2(vint acc, vint a, vint b) {
-#if defined(__AVX512VNNI__) && LANES == 16
-    return _mm512_dpwssd_epi32(acc, a, b);
-#else
-    return V(add_epi32)(acc, V(madd_epi16)(a, b));
-#endif
-}
 
 static int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 static int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -280,7 +276,11 @@ static inline __attribute__((always_inline)) void multiply_q8_0(const struct str
 
 struct strip_q4_K {
     uint8_t q[CHUNK / 4][STRIP][4];
+#ifdef VNNI
+    float scales[CHUNK / BLOCK][STRIP];
+#else
     int16_t scales[CHUNK / BLOCK][STRIP][2];   // each twice
+#endif
     int16_t mins[CHUNK / BLOCK / 2][STRIP][2]; // of two neighbouring blocks
     float d[STRIP], dmin[STRIP];
 };
@@ -294,7 +294,11 @@ static void unpack_q4_K(struct strip_q4_K * s, const char * const rows[STRIP], i
         const uint32_t packed[4] = {a & six, (c & four) | (a >> 6 & two) << 4, b & six, (c >> 4 & four) | (b >> 6 & two) << 4};
         for (int i = 0; i < 8; i++) {
             const uint8_t scale = packed[i / 4] >> 8 * (i % 4), min = packed[2 + i / 4] >> 8 * (i % 4);
+#ifdef VNNI
+            s->scales[i][r] = scale;
+#else
             s->scales[i][r][0] = s->scales[i][r][1] = scale;
+#endif
             s->mins[i / 2][r][i % 2] = min;
         }
         s->d[r] = _cvtsh_ss(w->d);
@@ -313,21 +317,29 @@ static void unpack_q4_K(struct strip_q4_K * s, const char * const rows[STRIP], i
         }
 }
 
+// sum of whole numbers of each block times its scale, over the 256 of a chunk; in VNNI's form each lane is a row's sum
+#ifdef VNNI
+typedef vfloat vtotal;
+#define to_float(v) (v)
+#define scaled(b, v, acc) V(fmadd_ps)(V(cvtepi32_ps)(acc), V(loadu_ps)(&s->scales[b][(v) * LANES]), total[t][v])
+#else
+typedef vint vtotal;
+#define to_float(v) V(cvtepi32_ps)(v)
+#define scaled(b, v, acc) V(add_epi32)(total[t][v], V(madd_epi16)(acc, load_int(s->scales[b][(v) * LANES])))
+#endif
+
 static inline __attribute__((always_inline)) void multiply_q4_K(const struct strip_q4_K * s, const int8_t * a,
                                                                 const int16_t * sums, const float * scales, float * out,
                                                                 const int n) {
-    vint total[TILE][2], acc[TILE][2];
-    PRODUCT(BYTES, acc, s->q[0], BLOCK / 4, a);  // at most 8 * 2 * 15 * 127: fits int16
-    vint s0 = load_int(s->scales[0][0]), s1 = load_int(s->scales[0][LANES]);
-    for (int t = 0; t < n; t++) total[t][0] = V(madd_epi16)(acc[t][0], s0), total[t][1] = V(madd_epi16)(acc[t][1], s1);
-    for (int b = 1; b < CHUNK / BLOCK; b++) {
-        a += BLOCK * n;
-        PRODUCT(BYTES, acc, s->q[b * BLOCK / 4], BLOCK / 4, a);
-        s0 = load_int(s->scales[b][0]), s1 = load_int(s->scales[b][LANES]);
+    vtotal total[TILE][2];
+    vint acc[TILE][2];
+    memset(total, 0, sizeof total);
+    for (int b = 0; b < CHUNK / BLOCK; b++, a += BLOCK * n) {
+        PRODUCT(BYTES, acc, s->q[b * BLOCK / 4], BLOCK / 4, a);  // without VNNI at most 8 * 2 * 15 * 127: fits int16
 #pragma GCC unroll 6
         for (int t = 0; t < n; t++) {
-            total[t][0] = dot2(total[t][0], acc[t][0], s0);
-            total[t][1] = dot2(total[t][1], acc[t][1], s1);
+            total[t][0] = scaled(b, 0, acc[t][0]);
+            total[t][1] = scaled(b, 1, acc[t][1]);
         }
     }
     PRODUCT(WORDS, acc, s->mins, CHUNK / BLOCK / 2, sums);
@@ -337,8 +349,8 @@ static inline __attribute__((always_inline)) void multiply_q4_K(const struct str
     for (int t = 0; t < n; t++) {
         float * o = out + t * STRIP;
         const vfloat scale = V(set1_ps)(scales[t]);
-        const vfloat y0 = V(fnmadd_ps)(V(cvtepi32_ps)(acc[t][0]), m0, V(mul_ps)(V(cvtepi32_ps)(total[t][0]), d0));
-        const vfloat y1 = V(fnmadd_ps)(V(cvtepi32_ps)(acc[t][1]), m1, V(mul_ps)(V(cvtepi32_ps)(total[t][1]), d1));
+        const vfloat y0 = V(fnmadd_ps)(V(cvtepi32_ps)(acc[t][0]), m0, V(mul_ps)(to_float(total[t][0]), d0));
+        const vfloat y1 = V(fnmadd_ps)(V(cvtepi32_ps)(acc[t][1]), m1, V(mul_ps)(to_float(total[t][1]), d1));
         V(storeu_ps)(o, V(fmadd_ps)(y0, scale, V(loadu_ps)(o)));
         V(storeu_ps)(o + LANES, V(fmadd_ps)(y1, scale, V(loadu_ps)(o + LANES)));
     }
@@ -413,10 +425,7 @@ static void compute_product(struct ggml_tensor * dst, int ith, int nth, void * u
 bool pyggml_mul_mat_fits(const struct ggml_tensor * w, const struct ggml_tensor * x) {
     if (x->type != GGML_TYPE_F32 || !ggml_is_contiguous(x) || w->ne[2] != 1 || w->ne[3] != 1 || ggml_is_transposed(w)) return false;
     if (x->ne[0] != w->ne[0] || ggml_nrows(x) < 4) return false;
-#if !defined(__AVX512VNNI__)
-    if (w->type == GGML_TYPE_Q4_K) return true;
-#endif
-    return w->type == GGML_TYPE_Q8_0;
+    return w->type == GGML_TYPE_Q8_0 || w->type == GGML_TYPE_Q4_K;
 }
 
 struct ggml_tensor * pyggml_mul_mat(struct ggml_context * ctx, struct ggml_tensor * w, struct ggml_tensor * x) {
