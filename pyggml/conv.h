@@ -1,7 +1,7 @@
 // Our own operations for autoencoders; what they take and give is described in conv.c.
 #pragma once
 
-#include "shim.h"
+#include "levels.h"
 
 PYGGML_API struct ggml_tensor * pyggml_conv2d_3x3(struct ggml_context * ctx, struct ggml_tensor * x, struct ggml_tensor * w,
                                        struct ggml_tensor * bias, struct ggml_tensor * residual, int n_threads);

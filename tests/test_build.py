@@ -274,3 +274,9 @@ def test_a_portable_build_picks_a_variant_and_computes(tmp_path: Path) -> None:
         "lib.ggml_cpu_init(); assert [d.name for d in devices()] == ['CPU']"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=source)
+    # Our own kernels are there at each level that this processor has.
+    for level in ("baseline", "avx2", "avx512"):
+        subprocess.run(
+            [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", "tests/test_own_ops.py"],
+            check=True, cwd=source, env=os.environ | {"PYGGML_CPU_LEVEL": level},
+        )  # fmt: skip

@@ -1,0 +1,77 @@
+// Which of the kernels' levels this processor gets; see levels.h. PYGGML_CPU_LEVEL=baseline or avx2 asks for a lower one, to
+// test it or to compare.
+
+#include "levels.h"
+
+typedef int nothing;  // C wants a file to hold something, also in a native build
+
+#ifdef PYGGML_LEVELS
+
+#include "attention.h"
+#include "conv.h"
+#include "gemm.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+struct kernels {
+    __typeof__(pyggml_attention) * attention;
+    __typeof__(pyggml_conv2d_3x3) * conv2d_3x3;
+    __typeof__(pyggml_group_norm) * group_norm;
+    __typeof__(pyggml_mul_mat) * mul_mat;
+    __typeof__(pyggml_mul_mat_fits) * mul_mat_fits;
+};
+
+#define LEVEL(level)                                                                                            \
+    extern __typeof__(pyggml_attention) pyggml_attention_##level;                                               \
+    extern __typeof__(pyggml_conv2d_3x3) pyggml_conv2d_3x3_##level;                                             \
+    extern __typeof__(pyggml_group_norm) pyggml_group_norm_##level;                                             \
+    extern __typeof__(pyggml_mul_mat) pyggml_mul_mat_##level;                                                   \
+    extern __typeof__(pyggml_mul_mat_fits) pyggml_mul_mat_fits_##level;                                         \
+    static const struct kernels level = {pyggml_attention_##level, pyggml_conv2d_3x3_##level, pyggml_group_norm_##level, \
+                                         pyggml_mul_mat_##level, pyggml_mul_mat_fits_##level};
+
+LEVEL(baseline)
+LEVEL(avx2)
+LEVEL(avx512)
+
+static const struct kernels * pick(void) {
+    const char * asked = getenv("PYGGML_CPU_LEVEL");
+    if (!asked) asked = "";
+    __builtin_cpu_init();
+    const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+                            __builtin_cpu_supports("avx512vnni");
+    if (!has_avx2 || !strcmp(asked, "baseline")) return &baseline;
+    if (!has_avx512 || !strcmp(asked, "avx2")) return &avx2;
+    return &avx512;
+}
+
+static const struct kernels * best(void) {
+    static const struct kernels * found;  // threads that race find the same
+    return found ? found : (found = pick());
+}
+
+struct ggml_tensor * pyggml_attention(struct ggml_context * ctx, struct ggml_tensor * q, struct ggml_tensor * k,
+                                      struct ggml_tensor * v, float scale, int n_threads) {
+    return best()->attention(ctx, q, k, v, scale, n_threads);
+}
+
+struct ggml_tensor * pyggml_conv2d_3x3(struct ggml_context * ctx, struct ggml_tensor * x, struct ggml_tensor * w,
+                                       struct ggml_tensor * bias, struct ggml_tensor * residual, int n_threads) {
+    return best()->conv2d_3x3(ctx, x, w, bias, residual, n_threads);
+}
+
+struct ggml_tensor * pyggml_group_norm(struct ggml_context * ctx, struct ggml_tensor * x, struct ggml_tensor * weight,
+                                       struct ggml_tensor * bias, int n_groups, float eps, bool silu) {
+    return best()->group_norm(ctx, x, weight, bias, n_groups, eps, silu);
+}
+
+struct ggml_tensor * pyggml_mul_mat(struct ggml_context * ctx, struct ggml_tensor * w, struct ggml_tensor * x) {
+    return best()->mul_mat(ctx, w, x);
+}
+
+bool pyggml_mul_mat_fits(const struct ggml_tensor * w, const struct ggml_tensor * x) { return best()->mul_mat_fits(w, x); }
+
+#endif
