@@ -49,8 +49,11 @@ class Options(NamedTuple):  # not a dataclass: hatchling loads this file without
 
     @classmethod
     def from_environment(cls) -> Options:
-        """Options of a pip build: PYGGML_BUILD="--portable" and so on."""
-        return parse(os.environ.get("PYGGML_BUILD", "").split())
+        """Options of a pip build: PYGGML_BUILD="--portable" and so on; PYGGML_VULKAN=1 is --vulkan."""
+        wanted = os.environ.get("PYGGML_BUILD", "").split()
+        if os.environ.get("PYGGML_VULKAN", "0") not in ("", "0"):
+            wanted.append("--vulkan")
+        return parse(wanted)
 
 
 def parse(argv: Sequence[str]) -> Options:
@@ -182,6 +185,55 @@ def find_compilers() -> tuple[list[str], list[str]]:
     return pick("CC", ("cc", "gcc", "clang"), "C"), pick("CXX", ("c++", "g++", "clang++"), "C++")
 
 
+OLDEST_VULKAN = 268  # VK_HEADER_VERSION of 1.3.268: ggml does not compile with older headers
+
+_VULKAN_UNIT = """
+#if __has_include(<vulkan/vulkan.hpp>)
+#include <vulkan/vulkan_core.h>
+#endif
+#if __has_include(<spirv/unified1/spirv.hpp>)
+#define PYGGML_HAS_SPIRV
+#endif
+"""
+
+
+def check_vulkan(cxx: Sequence[str]) -> dict[str, str]:
+    """What ggml's Vulkan backend is compiled with, for the cache's key. BuildError naming what is missing.
+
+    Looked for where CMake's FindVulkan does: in $VULKAN_SDK, then where the system has it.
+    """
+    sdk = os.environ.get("VULKAN_SDK", "")
+    where = "set VULKAN_SDK to a folder that has it (Debian: tools/debian_vulkan.sh DIR makes one)"
+    glslc = (shutil.which("glslc", path=str(Path(sdk, "bin"))) if sdk else None) or shutil.which("glslc")
+    if glslc is None:
+        raise BuildError(f"--vulkan needs the compiler glslc: install it (Debian: apt install glslc) or {where}.")
+    include = [f"-I{sdk}/include"] if sdk else []
+    command = [*cxx, "-E", "-dM", "-x", "c++", *include, "-"]
+    macros = subprocess.run(command, input=_VULKAN_UNIT, capture_output=True, text=True, check=False).stdout
+    found = re.search(r"^#define VK_HEADER_VERSION (\d+)$", macros, re.M)
+    if not found:
+        raise BuildError(f"--vulkan needs Vulkan's header files 1.3.{OLDEST_VULKAN} or newer with vulkan.hpp: {where}.")
+    if int(found[1]) < OLDEST_VULKAN:
+        raise BuildError(
+            f"--vulkan needs Vulkan's header files 1.3.{OLDEST_VULKAN} or newer, but those that {cxx[0]} finds are "
+            f"of version {found[1]}: {where}."
+        )
+    if "PYGGML_HAS_SPIRV" not in macros:
+        raise BuildError(
+            "--vulkan needs SPIR-V's header files (spirv/unified1/spirv.hpp): install them (Debian: apt install "
+            f"spirv-headers) or {where}."
+        )
+    with tempfile.TemporaryDirectory() as folder:
+        link = [*cxx, "-x", "c++", "-", "-shared", "-o", str(Path(folder, "probe")), f"-L{sdk}/lib", "-lvulkan"]
+        if sys.platform != "win32" and subprocess.run(link, input="", capture_output=True, text=True).returncode:
+            raise BuildError(
+                "--vulkan needs the Vulkan loader to link with (libvulkan): install it (Debian: apt install "
+                f"libvulkan-dev) or {where}."
+            )
+    version = subprocess.run([glslc, "--version"], capture_output=True, text=True).stdout
+    return {"sdk": sdk, "headers": found[1], "glslc": version}
+
+
 def cpu_identity() -> str:
     """What `-march=native` depends on."""
     try:
@@ -213,6 +265,8 @@ def ggml_key(options: Options, lock: dict[str, str], compilers: Sequence[Sequenc
         "options": options._asdict(), "lock": lock, "compilers": versions, "machine": platform.machine(),
         "system": sys.platform, "cpu": "" if options.portable else cpu_identity(),
     }  # fmt: skip
+    if options.vulkan:
+        facts["vulkan"] = check_vulkan(compilers[1])
     if options.ggml_source:
         # A tree under development: its newest file decides.
         tree = Path(options.ggml_source)
@@ -302,6 +356,7 @@ def compile_native(options: Options, source: Path, work: Path, compilers: tuple[
         "GGML_NATIVE": "OFF" if options.portable else "ON",
         "GGML_BACKEND_DL": "ON" if options.portable else "OFF",
         "GGML_CPU_ALL_VARIANTS": "ON" if options.portable else "OFF",
+        "GGML_VULKAN": "ON" if options.vulkan else "OFF",
     }  # fmt: skip
     configure = [cmake, "-S", work / "generated", "-B", work / "cmake", "-G", "Ninja"]
     configure += [f"-D{k}={v}" for k, v in switches.items()]
@@ -334,8 +389,8 @@ def build(options: Options) -> str:
     """Build what is missing, in place. Returns a line that says what was done."""
     if sys.version_info < (3, 10):  # noqa: UP036  pip refuses by itself, `python build.py` does not
         raise BuildError(f"pyggml needs Python 3.10 or newer, this is {platform.python_version()}.")
-    if options.vulkan or options.rpc:
-        raise BuildError("--vulkan and --rpc are not there yet: build without them for the CPU.")
+    if options.rpc:
+        raise BuildError("--rpc is not there yet: build without it.")
     started, lock, cache = time.monotonic(), read_lock(), cache_folder()
     what = f"ggml of {options.ggml_source}" if options.ggml_source else f"ggml {lock['ggml']}"
     compilers = find_compilers()

@@ -56,7 +56,7 @@ class BufferType:
         return int(psutil.virtual_memory().available)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, BufferType) and self.ptr == other.ptr
+        return isinstance(other, BufferType) and bool(self.ptr == other.ptr)
 
     def __hash__(self) -> int:
         return hash(self.ptr)
@@ -126,8 +126,14 @@ class Device:
         return result
 
     def open(self, n_threads: int | None = None) -> Backend:
-        """A backend on this device."""
+        """A backend on this device; `n_threads` is for the processor."""
         return Backend(self, n_threads)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Device) and bool(self.ptr == other.ptr)
+
+    def __hash__(self) -> int:
+        return hash(self.ptr)
 
     def __repr__(self) -> str:
         return f"<Device {self.name}: {self.description}>"

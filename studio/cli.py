@@ -83,6 +83,12 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     steps.add_argument("--flow-shift", type=float, metavar="X", help="3 (Z-Image-Turbo); 6 for Z-Image")
     steps.add_argument("--eta", type=float, metavar="X", help="noise put back by ancestral methods")
     steps.add_argument("--rng", choices=("cpu", "cuda"), help="cpu draws noise as torch on CPU, cuda as on CUDA")
+    where = parser.add_argument_group("devices (docs/devices.md)")
+    where.add_argument("--backend", default="auto", metavar="NAME|MODULE=NAME,...",
+                       help="what computes te, diffusion and vae, a name of --list-devices")  # fmt: skip
+    where.add_argument("--clip-on-cpu", action="store_true", help="te=cpu")
+    where.add_argument("--vae-on-cpu", action="store_true", help="vae=cpu")
+    where.add_argument("--list-devices", action="store_true", help="print names and descriptions, and exit")
     running = parser.add_argument_group("running")
     running.add_argument("-t", "--threads", type=int, metavar="N", help="physical cores unless given")
     running.add_argument("--report", metavar="FILE", help="write seconds, weights and memory as JSON")
@@ -130,6 +136,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
+    if args.command == "generate" and args.list_devices:
+        from .about import list_devices
+
+        return list_devices(as_json=False)
     if args.command == "generate":
         import faulthandler
 

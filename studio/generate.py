@@ -25,6 +25,7 @@ def generate(args: argparse.Namespace) -> int:
     files = _models(args)
     _check(args)
     options = _load_options(args)
+    backend = _backend(args)
     outputs = _outputs(args.output, args.batch_count)
     report = Path(args.report) if args.report else None
     for path in [*outputs, report] if report else outputs:
@@ -46,8 +47,9 @@ def generate(args: argparse.Namespace) -> int:
     with _Bars(args.batch_count) as bars:
         bars("load", 0, 1)
         pipe = models.load(
-            *files, n_threads=args.threads, options=options, compat=args.compat, encoder=args.init_img is not None
-        )
+            *files, backend=backend, n_threads=args.threads, options=options, compat=args.compat,
+            encoder=args.init_img is not None,
+        )  # fmt: skip
         bars("load", 1, 1)
         loaded = time.perf_counter() - start
         n_steps = args.steps or pipe.default_steps
@@ -128,6 +130,20 @@ def _load_options(args: argparse.Namespace) -> Any:
     flags = args.mmap_flags
     hints = hints_from_environment(os.environ) if flags is None else parse_hints(flags, "--mmap-flags")
     return LoadOptions(mode=args.mmap, mlock=args.mlock, hints=hints, reclaim=args.reclaim_mmap_source)
+
+
+def _backend(args: argparse.Namespace) -> str:
+    """--backend with --clip-on-cpu and --vae-on-cpu, checked."""
+    from models.devices import MODULES, find_device, parse
+
+    named = parse(args.backend, "--backend")
+    if args.clip_on_cpu:
+        named["te"] = "cpu"
+    if args.vae_on_cpu:
+        named["vae"] = "cpu"
+    for name in named.values():
+        find_device(name, "--backend")
+    return ",".join(f"{module}={named.get(module, 'auto')}" for module in MODULES)
 
 
 def _check_writable(path: Path) -> None:

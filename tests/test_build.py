@@ -141,10 +141,77 @@ def test_an_old_python_is_said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     assert message(capsys) == "error: pyggml needs Python 3.10 or newer, this is 3.9.2.\n"
 
 
-@pytest.mark.parametrize("option", ["--vulkan", "--rpc"])
-def test_what_is_not_there_yet_is_said(option: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert build.main([option]) == 2
+def test_what_is_not_there_yet_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    assert build.main(["--rpc"]) == 2
     assert "not there yet" in message(capsys)
+
+
+@pytest.fixture
+def sdk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A Vulkan SDK that has all that is looked for, and a compiler that sees no headers but its own."""
+    if sys.platform == "win32":
+        pytest.skip("the compiler is a shell script")
+    files = {
+        "include/vulkan/vulkan.hpp": "", "include/vulkan/vulkan_core.h": "#define VK_HEADER_VERSION 268\n",
+        "include/spirv/unified1/spirv.hpp": "", "lib/libvulkan.so": "", "bin/glslc": "#!/bin/sh\necho shaderc 1\n",
+        "bin/c++": '#!/bin/sh\ncase "$*" in *-lvulkan*) exec test -e "$VULKAN_SDK/lib/libvulkan.so";; esac\n'
+                   f'exec {" ".join(build.find_compilers()[1])} -nostdinc "$@"\n',
+    }  # fmt: skip
+    for name, text in files.items():
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+        path.chmod(0o755)
+    monkeypatch.setenv("VULKAN_SDK", str(tmp_path))
+    monkeypatch.setenv("CXX", str(tmp_path / "bin" / "c++"))
+    monkeypatch.setattr(build.shutil, "which", only_in(str(tmp_path)))
+    return tmp_path
+
+
+def only_in(folder: str) -> Any:
+    """shutil.which for a machine that has glslc nowhere else."""
+    which = build.shutil.which
+    return lambda name, path=None: which(name, path=folder if path is None and name == "glslc" else path)
+
+
+def test_vulkan_is_part_of_the_key(sdk: Path) -> None:
+    lock = build.read_lock()
+    plain = build.ggml_key(build.Options(), lock, build.find_compilers())
+    first = build.ggml_key(build.Options(vulkan=True), lock, build.find_compilers())
+    assert first not in (plain, build.ggml_key(build.Options(vulkan=True), lock | {"x": "y"}, build.find_compilers()))
+    (sdk / "include/vulkan/vulkan_core.h").write_text("#define VK_HEADER_VERSION 309\n")
+    assert build.ggml_key(build.Options(vulkan=True), lock, build.find_compilers()) != first
+
+
+@pytest.mark.parametrize(
+    "missing, said",
+    [
+        ("bin/glslc", "--vulkan needs the compiler glslc: install it (Debian: apt install glslc) or set VULKAN_SDK"),
+        ("include/vulkan/vulkan.hpp", "--vulkan needs Vulkan's header files 1.3.268 or newer with vulkan.hpp: set"),
+        ("include/spirv/unified1/spirv.hpp", "--vulkan needs SPIR-V's header files (spirv/unified1/spirv.hpp)"),
+        ("lib/libvulkan.so", "--vulkan needs the Vulkan loader to link with (libvulkan)"),
+    ],
+)
+def test_what_vulkan_lacks_is_said(sdk: Path, missing: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    (sdk / missing).unlink()
+    assert build.main(["--vulkan"]) == 2
+    assert said in message(capsys)
+
+
+def test_old_vulkan_headers_are_said(sdk: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (sdk / "include/vulkan/vulkan_core.h").write_text("#define VK_HEADER_VERSION 239\n")
+    assert build.main(["--vulkan"]) == 2
+    assert "1.3.268 or newer, but those that" in (text := message(capsys)) and "are of version 239" in text
+
+
+def test_vulkan_by_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PYGGML_BUILD", raising=False)
+    for value, expected in (("1", True), ("0", False), ("", False)):
+        monkeypatch.setenv("PYGGML_VULKAN", value)
+        assert build.Options.from_environment() == build.Options(vulkan=expected)
+    monkeypatch.setenv("PYGGML_VULKAN", "1")
+    monkeypatch.setenv("PYGGML_BUILD", "--portable")
+    assert build.Options.from_environment() == build.Options(portable=True, vulkan=True)
 
 
 def test_a_wrong_tree_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -108,7 +108,7 @@ def test_equals_diffusers(pipe: ZImagePipeline, name: str) -> None:
 def test_decoded_picture_before_rounding(pipe: ZImagePipeline) -> None:
     for name in ("turbo", "base", "img2img"):
         last = max(k for k in RECORDED if k.startswith(f"{name}/latents_"))
-        picture = pipe.vae.module.decode(pipe.backend, RECORDED[last]).transpose(1, 2, 0)
+        picture = pipe.vae.module.decode(pipe.vae.backend, RECORDED[last]).transpose(1, 2, 0)
         close_to(np.clip(picture, 0, 1), RECORDED[f"{name}/image"])
 
 

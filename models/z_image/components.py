@@ -26,11 +26,12 @@ Compat = Literal["diffusers", "sd.cpp"]
 
 @dataclass
 class Component:
-    """A network with its weights, and the file they came from."""
+    """A network with its weights, the file they came from, and what it computes on."""
 
     module: Any
     weights: Weights
     checkpoint: Checkpoint
+    backend: Backend
 
     def close(self) -> None:
         self.weights.close()
@@ -89,4 +90,4 @@ def _load(
     module: Module, checkpoint: Checkpoint, backend: Backend, component: str, options: LoadOptions | None
 ) -> Component:
     weights = load_params(module.params(), checkpoint, backend=backend, component=component, options=options)
-    return Component(module, weights, checkpoint)
+    return Component(module, weights, checkpoint, backend)

@@ -27,6 +27,7 @@ from pyggml import Backend, Cancelled, Graph, NonFinite
 from .. import autoencoder_kl, image, prompt_weights, schedule, sd_cpp_words
 from ..autoencoder_kl import AutoencoderKL
 from ..compute import first_bad_op
+from ..devices import Module, places
 from ..guidance import guidance_at, z_image_guidance
 from ..memory import Report
 from ..qwen3 import Qwen3
@@ -88,7 +89,7 @@ def _cancellable(method: Method) -> Method:
 
 
 class ZImagePipeline:
-    """Text encoder, transformer and autoencoder of Z-Image on one backend.
+    """Text encoder, transformer and autoencoder of Z-Image, each on its own backend or all on one.
 
     Use `ZImagePipeline.load`, or `models.load`. It may be used by one thread at a time; `cancel()` may come from any.
     """
@@ -98,14 +99,13 @@ class ZImagePipeline:
     default_shift = 3.0
 
     def __init__(
-        self, text_encoder: Component, transformer: Component, vae: Component, tokenizer: Tokenizer, backend: Backend,
-        *, compat: Compat = "diffusers", default_size: int = 1024,
+        self, text_encoder: Component, transformer: Component, vae: Component, tokenizer: Tokenizer, *,
+        compat: Compat = "diffusers", default_size: int = 1024,
     ) -> None:  # fmt: skip
         self.text_encoder = text_encoder
         self.transformer = transformer
         self.vae = vae
         self.tokenizer = tokenizer
-        self.backend = backend
         self.compat = compat
         self.default_size = default_size
         self.find_bad_op = False  # compute again, operation by operation, when a result is not finite
@@ -119,24 +119,27 @@ class ZImagePipeline:
 
     @classmethod
     def load(
-        cls, diffusion_model: Path, llm: Path, vae: Path, *, backend: Backend | None = None,
-        n_threads: int | None = None, options: LoadOptions | None = None, compat: Compat = "diffusers",
-        tokenizer: Tokenizer | None = None, encoder: bool = False,
+        cls, diffusion_model: Path, llm: Path, vae: Path, *,
+        backend: Backend | str | Mapping[Module, Backend] | None = None, n_threads: int | None = None,
+        options: LoadOptions | None = None, compat: Compat = "diffusers", tokenizer: Tokenizer | None = None,
+        encoder: bool = False,
     ) -> ZImagePipeline:  # fmt: skip
         """Load from three files (or diffusers folders). `encoder`: also the half of the autoencoder that img2img needs.
 
-        Weights stay in the mapped files where the backend can use them there, unless `options` say otherwise.
-        LoadError, before any computation, when a file is broken, is not what it is given as, or lacks a tensor;
+        `backend`: what computes, one for all, one for each module, or a text such as "te=cpu,diffusion=vulkan0"
+        (models.devices); the processor unless given. Weights stay in the mapped files where the backend can use them
+        there, unless `options` say otherwise. LoadError, before any computation, when a file is broken, is not what it is
+        given as, or lacks a tensor;
         OutOfMemory when what must be copied has no room.
         """
         if compat not in ("diffusers", "sd.cpp"):
             raise ValueError(f"compat is 'diffusers' or 'sd.cpp', not {compat!r}")
-        backend = backend or Backend.cpu(n_threads)
+        place = places(backend, n_threads=n_threads)
         opened: list[Component] = []
         try:
-            opened.append(open_text_encoder(llm, backend, options=options))
-            opened.append(open_transformer(diffusion_model, backend, options=options, compat=compat))
-            opened.append(open_autoencoder(vae, backend, options=options, encoder=encoder))
+            opened.append(open_text_encoder(llm, place["te"].backend, options=options))
+            opened.append(open_transformer(diffusion_model, place["diffusion"].backend, options=options, compat=compat))
+            opened.append(open_autoencoder(vae, place["vae"].backend, options=options, encoder=encoder))
             llm_component, dit, autoencoder = opened
             width = llm_component.module.config.dim
             if dit.module.config.caption_dim != width:
@@ -152,7 +155,7 @@ class ZImagePipeline:
                 component.close()
             raise
         default_size = int(dit.checkpoint.metadata.get("z_image.default_size", 1024))
-        return cls(llm_component, dit, autoencoder, tokenizer, backend, compat=compat, default_size=default_size)
+        return cls(llm_component, dit, autoencoder, tokenizer, compat=compat, default_size=default_size)
 
     def close(self) -> None:
         """Give back graphs, weights and mappings."""
@@ -171,7 +174,8 @@ class ZImagePipeline:
     def cancel(self) -> None:
         """Stop the running call within one operation; it raises Cancelled. From any thread."""
         self._cancelled.set()
-        self.backend.cancel()
+        for component in self._components():
+            component.backend.cancel()
 
     # -- the three parts ----------------------------------------------------------------------------------------------
 
@@ -194,7 +198,7 @@ class ZImagePipeline:
             ids = self.tokenizer.apply_template(prompt)[:MAX_TOKENS]
         encoder: Qwen3 = self.text_encoder.module
         compute = partial(self._compute, "the text encoder")
-        features = encoder.encode(self.backend, np.array(ids, np.int32), compute)
+        features = encoder.encode(self.text_encoder.backend, np.array(ids, np.int32), compute)
         if weights:
             features = prompt_weights.apply_weights(features, weights)
         conditioning = Conditioning(features)
@@ -252,7 +256,7 @@ class ZImagePipeline:
         NonFinite when the decoder's output is not finite, or is a picture of one colour.
         """
         compute = partial(self._compute, "the decoder")
-        picture = self.vae.module.decode(self.backend, np.asarray(latents, np.float32), compute)
+        picture = self.vae.module.decode(self.vae.backend, np.asarray(latents, np.float32), compute)
         result = image.to_bytes(picture)
         if (result == result[0, 0]).all():
             raise NonFinite(f"the decoder made a picture of one colour, {result[0, 0].tolist()}: nothing was drawn")
@@ -273,7 +277,7 @@ class ZImagePipeline:
         if module.encoder is None:
             raise ValueError("the autoencoder was loaded without its encoder: load with encoder=True for img2img")
         compute = partial(self._compute, "the encoder")
-        return module.encode(self.backend, image.to_float(picture), compute)
+        return module.encode(self.vae.backend, image.to_float(picture), compute)
 
     # -- everything at once -------------------------------------------------------------------------------------------
 
@@ -420,7 +424,7 @@ class ZImagePipeline:
         module: ZImageTransformer = self.transformer.module
         if self._key not in cond._refined:
             n = len(cond.features)
-            with module.context_graph(self.backend, n) as graph:
+            with module.context_graph(self.transformer.backend, n) as graph:
                 inputs = dict(caption=cond.features, position=net.context_positions(n))
                 cond._refined[self._key] = self._compute("the caption's refiner", graph, **inputs)["context"]
         return cond._refined[self._key]
@@ -444,7 +448,8 @@ class ZImagePipeline:
         if key not in self._step_graphs:
             while len(self._step_graphs) >= 2:  # prompt and negative prompt
                 self._step_graphs.popitem(last=False)[1].close()
-            self._step_graphs[key] = self.transformer.module.step_graph(self.backend, n_patches, n_context)
+            transformer = self.transformer
+            self._step_graphs[key] = transformer.module.step_graph(transformer.backend, n_patches, n_context)
         self._step_graphs.move_to_end(key)
         return self._step_graphs[key]
 

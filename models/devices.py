@@ -1,0 +1,118 @@
+"""Which device each part of a model computes on, and where its weights rest meanwhile: sd-cli's grammar.
+
+    vulkan0                                one device for all
+    te=cpu,diffusion=vulkan0,vae=cpu       a device for each module; `clip` and `llm` are other names of `te`
+    *=cpu,diffusion=vulkan0                `*` stands for the modules that are not named
+
+Devices are named as `pyggml devices` lists them, upper and lower case alike. `auto` is the first GPU, else the
+processor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from pyggml import Backend, Device, GGMLError, devices
+from pyggml.types import DeviceType
+
+Module = Literal["te", "diffusion", "vae"]
+# device: where the module computes; cpu: in memory of the host, mapped if it can be; disk: nowhere, read for each phase
+Rest = Literal["device", "cpu", "disk"]
+
+MODULES: tuple[Module, ...] = ("te", "diffusion", "vae")
+_NAMES: dict[str, Module] = {"te": "te", "clip": "te", "llm": "te", "diffusion": "diffusion", "vae": "vae"}
+
+
+@dataclass(frozen=True)
+class Place:
+    """What a module computes on, and where its parameters rest while it does not."""
+
+    backend: Backend
+    rest: Rest = "device"
+
+    @property
+    def offloads(self) -> bool:
+        """True when the parameters are at the backend only while they are in use."""
+        return self.rest == "disk" or (self.rest == "cpu" and not self.backend.is_cpu)
+
+
+def parse(text: str, option: str = "backend") -> dict[Module, str]:
+    """Module -> name, as far as `text` says; ValueError for an unknown module or one that is named twice."""
+    everywhere: str | None = None
+    named: dict[Module, str] = {}
+    for part in text.split(","):
+        key, is_pair, value = (s.strip() for s in part.partition("="))
+        if not is_pair:
+            key, value = "*", key
+        if not value or not key:
+            raise ValueError(f"{option} {text!r}: {part!r} is no name and no MODULE=NAME")
+        if "&" in value:
+            raise ValueError(f"{option} {text!r}: one module computes on one device, {value!r} are several")
+        if key == "*":
+            if everywhere is not None:
+                raise ValueError(f"{option} {text!r}: all modules are given twice, as {everywhere!r} and {value!r}")
+            everywhere = value
+        elif key not in _NAMES:
+            raise ValueError(f"{option} {text!r}: there is no module {key!r}, only {', '.join(_NAMES)} and *")
+        elif (module := _NAMES[key]) in named:
+            raise ValueError(f"{option} {text!r}: {module} is given twice, as {named[module]!r} and {value!r}")
+        else:
+            named[module] = value
+    if everywhere is not None:
+        return {module: named.get(module, everywhere) for module in MODULES}
+    return named
+
+
+def find_device(name: str, option: str = "backend") -> Device:
+    """The device of that name; `auto` is the first GPU, else the processor. ValueError naming those that there are."""
+    found = devices()
+    if name.lower() == "auto":
+        kinds = (DeviceType.GPU, DeviceType.IGPU, DeviceType.CPU)
+        return min((d for d in found if d.type in kinds), key=lambda d: kinds.index(d.type))
+    try:
+        return Device.by_name(name)
+    except GGMLError as error:
+        raise ValueError(f"{option}: {error}") from None
+
+
+def places(
+    backend: Backend | str | Mapping[Module, Backend] | None = None,
+    params_backend: str | None = None,
+    n_threads: int | None = None,
+) -> dict[Module, Place]:
+    """Where each module computes and rests. One backend is opened for a device, however many modules it computes.
+
+    backend: one for all, one for each module, or a text as above; None is the processor. params_backend: a text whose
+    names are `cpu`, `disk`, or the device that the module computes on; modules that it leaves out rest where they
+    compute. `n_threads` is for the processor. ValueError for a text that cannot be followed.
+    """
+    rests = parse(params_backend or "auto", "params_backend")
+    given: Mapping[Module, Backend] = {}
+    if isinstance(backend, Backend):
+        given = dict.fromkeys(MODULES, backend)
+    elif isinstance(backend, Mapping):
+        given = backend
+        if missing := [module for module in MODULES if module not in given]:
+            raise ValueError(f"backend: none is given for {', '.join(missing)}")
+    named = {} if given else parse("cpu" if backend is None else str(backend))
+    chosen = {m: given[m].device if given else find_device(named.get(m, "auto")) for m in MODULES}
+    rest = {m: _rest(rests.get(m, "auto"), m, device) for m, device in chosen.items()}  # before anything is opened
+    opened = {device: device.open(n_threads) for device in ({} if given else dict.fromkeys(chosen.values()))}
+    return {m: Place(given[m] if given else opened[chosen[m]], rest[m]) for m in MODULES}
+
+
+def _rest(name: str, module: Module, device: Device) -> Rest:
+    if name.lower() == "auto":
+        return "device"
+    if name.lower() == "disk":
+        return "disk"
+    if name.lower() == "cpu":
+        return "cpu"
+    if find_device(name, "params_backend") != device:
+        raise ValueError(
+            f"params_backend: {module} computes on {device.name}, so its parameters rest there, on cpu or on disk, "
+            f"not on {name}"
+        )
+    return "device"
