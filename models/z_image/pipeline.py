@@ -128,9 +128,8 @@ class ZImagePipeline:
 
         `backend`: what computes, one for all, one for each module, or a text such as "te=cpu,diffusion=vulkan0"
         (models.devices); the processor unless given. Weights stay in the mapped files where the backend can use them
-        there, unless `options` say otherwise. LoadError, before any computation, when a file is broken, is not what it is
-        given as, or lacks a tensor;
-        OutOfMemory when what must be copied has no room.
+        there, unless `options` say otherwise. LoadError, before any computation, when a file is broken, is not what it
+        is given as, or lacks a tensor; OutOfMemory when what must be copied has no room.
         """
         if compat not in ("diffusers", "sd.cpp"):
             raise ValueError(f"compat is 'diffusers' or 'sd.cpp', not {compat!r}")
