@@ -21,6 +21,7 @@ from pyggml import Backend, Graph, Tensor, ops
 
 from .compute import Compute
 from .nn import Conv2d, GroupNorm, Module, PixelLinear, attention
+from .tiles import Map, Tiles
 
 SCALE, SHIFT = 0.3611, 0.1159
 FACTOR = 8  # picture pixels along a side of a latent pixel
@@ -86,6 +87,13 @@ class ResnetBlock(Module):
             x = self.nin_shortcut(x)
         return self.conv2(self.norm2(h, silu=True), residual=x)
 
+    def tiled(self, x: Map, tiles: Tiles) -> Map:
+        """The same on maps. `x` is overwritten."""
+        h = tiles(self.conv1, x, norm=self.norm1)
+        if self.nin_shortcut is not None:
+            x = tiles(self.nin_shortcut, x, halo=0, in_place=True)
+        return tiles(self.conv2, h, norm=self.norm2, residual=x, in_place=True)
+
 
 class AttnBlock(Module):
     """Self-attention over all pixels, one head."""
@@ -115,6 +123,10 @@ class Resample(Module):
     def __call__(self, x: Tensor) -> Tensor:
         return self.conv(x) if self.down else self.conv(ops.upscale(x, 2))
 
+    def tiled(self, x: Map, tiles: Tiles) -> Map:
+        """The same on maps."""
+        return tiles(self, x, halo=2 if self.down else 1)  # halved, a window begins at an even pixel
+
 
 class Level(Module):
     """Blocks of one resolution, and the step to the next."""
@@ -134,6 +146,15 @@ class Level(Module):
         for step in ("downsample", "upsample"):
             if hasattr(self, step):
                 x = getattr(self, step)(x)
+        return x
+
+    def tiled(self, x: Map, tiles: Tiles) -> Map:
+        """The same on maps. `x` is overwritten."""
+        for block in self.block:
+            x = block.tiled(x, tiles)
+        for step in ("downsample", "upsample"):
+            if hasattr(self, step):
+                x = getattr(self, step).tiled(x, tiles)
         return x
 
 
@@ -164,8 +185,18 @@ class Encoder(Module):
         x = self.conv_in(x)
         for level in self.down:
             x = level(x)
+        return self._end(x)
+
+    def _end(self, x: Tensor) -> Tensor:
         x = self.mid(x)
         return self.conv_out(self.norm_out(x, silu=True))
+
+    def tiled(self, picture: NDArray[np.float32], tiles: Tiles) -> NDArray[np.float32]:
+        """The same on a picture [3, H, W], all but its small end in tiles."""
+        x = tiles(self.conv_in, Map(picture))
+        for level in self.down:
+            x = level.tiled(x, tiles)
+        return tiles.whole(self._end, x.data).data
 
 
 class Decoder(Module):
@@ -180,10 +211,20 @@ class Decoder(Module):
         self.conv_out = Conv2d(c[0], 3)
 
     def __call__(self, x: Tensor) -> Tensor:
-        x = self.mid(self.conv_in(x))
+        x = self._begin(x)
         for level in reversed(self.up):
             x = level(x)
         return self.conv_out(self.norm_out(x, silu=True))
+
+    def _begin(self, x: Tensor) -> Tensor:
+        return self.mid(self.conv_in(x))
+
+    def tiled(self, latents: NDArray[np.float32], tiles: Tiles) -> NDArray[np.float32]:
+        """The same on latents [C, h, w], all but its small beginning in tiles."""
+        x = tiles.whole(self._begin, latents)
+        for level in reversed(self.up):
+            x = level.tiled(x, tiles)
+        return tiles(self.conv_out, x, norm=self.norm_out).data
 
 
 class AutoencoderKL(Module):
@@ -205,19 +246,38 @@ class AutoencoderKL(Module):
         return _graph(backend, self.encoder, "picture", "moments", (width, height, 3))
 
     def decode(
-        self, backend: Backend, latents: NDArray[np.float32], compute: Compute = Graph.compute
-    ) -> NDArray[np.float32]:
-        """Scaled latents [C, h, w] to a picture [3, 8 h, 8 w] in 0..1, not clipped."""
-        with self.decoder_graph(backend, *latents.shape[1:]) as graph:
-            picture = compute(graph, latents=latents / SCALE + SHIFT)["picture"]
+        self, backend: Backend, latents: NDArray[np.float32], compute: Compute = Graph.compute,
+        *, tile: tuple[int, int] | None = None,
+    ) -> NDArray[np.float32]:  # fmt: skip
+        """Scaled latents [C, h, w] to a picture [3, 8 h, 8 w] in 0..1, not clipped.
+
+        tile: (height, width) of a tile in latent pixels; None does it all at once. OutOfMemory when that has no room.
+        """
+        assert self.decoder is not None
+        latents = latents / np.float32(SCALE) + np.float32(SHIFT)
+        if tile:
+            picture = self.decoder.tiled(latents, Tiles(backend, tile, latents.shape[1:], compute))
+        else:
+            with self.decoder_graph(backend, *latents.shape[1:]) as graph:
+                picture = compute(graph, latents=latents)["picture"]
         return np.asarray((picture + 1) / 2, np.float32)
 
     def encode(
-        self, backend: Backend, picture: NDArray[np.float32], compute: Compute = Graph.compute
-    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """A picture [3, H, W] in 0..1, sides multiples of 8, to mean and deviation of its *unscaled* latents."""
-        with self.encoder_graph(backend, *picture.shape[1:]) as graph:
-            moments = compute(graph, picture=2 * picture - 1)["moments"]
+        self, backend: Backend, picture: NDArray[np.float32], compute: Compute = Graph.compute,
+        *, tile: tuple[int, int] | None = None,
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:  # fmt: skip
+        """A picture [3, H, W] in 0..1, sides multiples of 8, to mean and deviation of its *unscaled* latents.
+
+        tile: as in `decode`.
+        """
+        assert self.encoder is not None
+        height, width = picture.shape[1:]
+        if tile:
+            tiles = Tiles(backend, tile, (height // FACTOR, width // FACTOR), compute)
+            moments = self.encoder.tiled(2 * picture - 1, tiles)
+        else:
+            with self.encoder_graph(backend, height, width) as graph:
+                moments = compute(graph, picture=2 * picture - 1)["moments"]
         mean, log_variance = np.split(moments, 2)
         return mean, np.exp(np.clip(log_variance, -30, 20) / 2)
 

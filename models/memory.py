@@ -48,6 +48,8 @@ class Report:
     memory: Memory | None = None
     anonymous_peak: int = 0
     prompt_cached: bool = False
+    # "decode", "encode_image" -> height and width in latent pixels of the tiles it was done in; else absent
+    tiles: dict[str, tuple[int, int]] = field(default_factory=dict)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:

@@ -90,6 +90,9 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     where.add_argument("--vae-on-cpu", action="store_true", help="vae=cpu")
     where.add_argument("--list-devices", action="store_true", help="print names and descriptions, and exit")
     running = parser.add_argument_group("running")
+    running.add_argument("--vae-tiling", action="store_true", help="decode in tiles, as is done when memory is short")
+    running.add_argument("--vae-tile-size", metavar="XxY", help="of a tile, in latent pixels, 8 to a side (32x32)")
+    running.add_argument("--vae-tile-overlap", type=float, metavar="X", help="sd-cli's; our tiles need none")
     running.add_argument("-t", "--threads", type=int, metavar="N", help="physical cores unless given")
     running.add_argument("--report", metavar="FILE", help="write seconds, weights and memory as JSON")
     running.add_argument("--find-bad-op", action="store_true", help="name the first operation that is not finite")
@@ -170,7 +173,7 @@ def _explain(error: Exception) -> tuple[int, str]:
 
     if isinstance(error, LoadError) or (isinstance(error, ValueError) and not isinstance(error, GGMLError)):
         return BAD_INPUT, text
-    if isinstance(error, GGMLError):
+    if isinstance(error, (GGMLError, MemoryError)):
         return FAILED, text
     return FAILED, f"{type(error).__name__}: {text} (this is a fault of pyggml; -v shows where)"
 

@@ -33,6 +33,7 @@ def generate(args: argparse.Namespace) -> int:
     width, height = _side("width", args.width), _side("height", args.height)
     seed = secrets.randbelow(2**31) if args.seed < 0 else args.seed
     strength = INIT_STRENGTH if args.strength is None else args.strength
+    tile = _tile(args)
     sigmas = _check_sampling(args, width, height, seed, strength)
     shift = args.flow_shift
     if sigmas and args.compat != "sd.cpp":  # diffusers would shift them and put the 0 at the end itself
@@ -61,6 +62,8 @@ def generate(args: argparse.Namespace) -> int:
 
         with pipe:
             pipe.find_bad_op = args.find_bad_op
+            pipe.smaller_vae_tile = tile
+            pipe.vae_tile = tile if args.vae_tiling else None
             result = pipe(
                 prompt, negative_prompt=args.negative_prompt, width=width, height=height,
                 num_inference_steps=args.steps, guidance_scale=args.cfg_scale - 1, sigmas=sigmas,
@@ -185,6 +188,24 @@ def _side(name: str, pixels: int | None) -> int | None:
     rounded = -(-pixels // 8) * 8
     print(f"warning: {name} {pixels} is no multiple of 8, {rounded} is used", file=sys.stderr)
     return rounded
+
+
+def _tile(args: argparse.Namespace) -> tuple[int, int]:
+    """(height, width) of the autoencoder's tiles in latent pixels."""
+    from models import tiles
+
+    if args.vae_tile_overlap is not None:
+        if not 0 <= args.vae_tile_overlap <= 0.5:
+            raise ValueError(f"--vae-tile-overlap must be in 0..0.5, not {args.vae_tile_overlap}")
+        print("warning: --vae-tile-overlap has no effect: our tiles fit without overlapping", file=sys.stderr)
+    if args.vae_tile_size is None:
+        return tiles.DEFAULT
+    found = re.fullmatch(r"(\d+)(?:x(\d+))?", args.vae_tile_size, re.ASCII)
+    sides = [int(side) for side in found.groups(found[1])] if found else []
+    if not sides or min(sides) < tiles.LEAST:
+        wanted = f"latent pixels such as 32x32, at least {tiles.LEAST}"
+        raise ValueError(f"--vae-tile-size must be {wanted}, not {args.vae_tile_size!r}")
+    return sides[1], sides[0]
 
 
 def _numbers(option: str, text: str) -> list[float]:

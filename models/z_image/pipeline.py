@@ -24,7 +24,7 @@ from loader.errors import LoadError
 from loader.options import LoadOptions
 from pyggml import Backend, Cancelled, Graph, NonFinite
 
-from .. import autoencoder_kl, image, prompt_weights, schedule, sd_cpp_words
+from .. import autoencoder_kl, image, prompt_weights, schedule, sd_cpp_words, tiles
 from ..autoencoder_kl import AutoencoderKL
 from ..compute import first_bad_op
 from ..devices import Module, places
@@ -70,6 +70,7 @@ class Result:
 
 
 Method = TypeVar("Method", bound=Callable[..., Any])
+T = TypeVar("T")
 
 
 def _cancellable(method: Method) -> Method:
@@ -109,6 +110,10 @@ class ZImagePipeline:
         self.compat = compat
         self.default_size = default_size
         self.find_bad_op = False  # compute again, operation by operation, when a result is not finite
+        # The autoencoder's tiles, (height, width) in latent pixels: those to use always, and those for want of memory.
+        self.vae_tile: tuple[int, int] | None = None
+        self.smaller_vae_tile = tiles.DEFAULT
+        self._tiles: dict[str, tuple[int, int]] = {}
         self._prompts: OrderedDict[tuple[str, str], Conditioning] = OrderedDict()
         self._key = object()
         self._cancelled = threading.Event()
@@ -250,12 +255,12 @@ class ZImagePipeline:
 
     @_cancellable
     def decode(self, latents: Float32) -> NDArray[np.uint8]:
-        """Latents [16, h, w] to a picture, uint8 [8 h, 8 w, 3].
+        """Latents [16, h, w] to a picture, uint8 [8 h, 8 w, 3]; in tiles when `vae_tile` says so, or memory is short.
 
         NonFinite when the decoder's output is not finite, or is a picture of one colour.
         """
-        compute = partial(self._compute, "the decoder")
-        picture = self.vae.module.decode(self.vae.backend, np.asarray(latents, np.float32), compute)
+        compute, latents = partial(self._compute, "the decoder"), np.asarray(latents, np.float32)
+        picture = self._tiled("decode", partial(self.vae.module.decode, self.vae.backend, latents, compute))
         result = image.to_bytes(picture)
         if (result == result[0, 0]).all():
             raise NonFinite(f"the decoder made a picture of one colour, {result[0, 0].tolist()}: nothing was drawn")
@@ -275,8 +280,15 @@ class ZImagePipeline:
         module: AutoencoderKL = self.vae.module
         if module.encoder is None:
             raise ValueError("the autoencoder was loaded without its encoder: load with encoder=True for img2img")
-        compute = partial(self._compute, "the encoder")
-        return module.encode(self.vae.backend, image.to_float(picture), compute)
+        compute, pixels = partial(self._compute, "the encoder"), image.to_float(picture)
+        return self._tiled("encode_image", partial(module.encode, self.vae.backend, pixels, compute))
+
+    def _tiled(self, phase: str, run: Callable[..., T]) -> T:
+        """run(tile=...) with such tiles as there is room for; remembers them."""
+        result, tile = tiles.with_less_memory(phase, lambda t: run(tile=t), self.vae_tile, self.smaller_vae_tile)
+        if tile:
+            self._tiles[phase] = tile
+        return result
 
     # -- everything at once -------------------------------------------------------------------------------------------
 
@@ -333,6 +345,7 @@ class ZImagePipeline:
             )  # fmt: skip
             pixels = image.read_image(init_image, width, height)
         self._check_unchanged()
+        self._tiles = {}
         report = Report(components={c.weights.report.component: c.weights.report for c in self._components()})
         tell = progress or (lambda phase, done, total: None)
 
@@ -397,6 +410,7 @@ class ZImagePipeline:
             if on_image:
                 on_image(i, seed + i, picture)
             images.append(image.to_pil(picture) if output_type == "pil" else picture)
+        report.tiles = self._tiles
         self._check_unchanged()
         return Result(images, [seed + i for i in range(num_images_per_prompt)], report)
 
