@@ -1,4 +1,4 @@
-"""Two ways to decode a picture in tiles, against decoding it whole: decibels, steps across tile borders, seconds, memory.
+"""Two ways to decode in tiles, against decoding whole: decibels, steps across tile borders, seconds, memory.
 
     python benchmarks/tiled_decoding.py [--vae ae.safetensors] [--picture docs/demo.png] [--size 512] [--tile 32]
 
@@ -83,7 +83,8 @@ def main() -> None:
             row["psnr"] = float(10 * np.log10(np.ptp(whole) ** 2 / np.mean(error.astype(np.float64) ** 2)))
             row["seam"] = float(steps[:, :, border].mean() / steps[:, :, ~border].mean())
         rows[name] = row
-        print(f"{name:8} {row.get('psnr', 0):6.1f} {row.get('seam', 0):32.2f} {row['seconds']:8.2f} {row['device_mib']:11.0f}")
+        quality = f"{row.get('psnr', 0):6.1f} {row.get('seam', 0):32.2f}"
+        print(f"{name:8} {quality} {row['seconds']:8.2f} {row['device_mib']:11.0f}")
     print(json.dumps({"size": args.size, "tile": args.tile, **rows}))
 
 

@@ -173,8 +173,10 @@ def _explain(error: Exception) -> tuple[int, str]:
 
     if isinstance(error, LoadError) or (isinstance(error, ValueError) and not isinstance(error, GGMLError)):
         return BAD_INPUT, text
-    if isinstance(error, (GGMLError, MemoryError)):
+    if isinstance(error, GGMLError):
         return FAILED, text
+    if isinstance(error, MemoryError):  # numpy's says how much it wanted
+        return FAILED, f"out of memory: {text}"
     return FAILED, f"{type(error).__name__}: {text} (this is a fault of pyggml; -v shows where)"
 
 

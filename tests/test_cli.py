@@ -420,7 +420,7 @@ def test_pictures_of_every_kind_are_read_as_they_look() -> None:
     ("error", "code", "message"),
     [
         (RuntimeError("two\nlines"), 1, "error: RuntimeError: two lines (this is a fault of pyggml; -v shows where)"),
-        (MemoryError(), 1, "error: MemoryError: MemoryError (this is a fault of pyggml; -v shows where)"),
+        (MemoryError("Unable to allocate 1 GiB"), 1, "error: out of memory: Unable to allocate 1 GiB"),
         (OSError(28, "No space left on device"), 1, "error: No space left on device"),
         (ImportError("not built:\nrun build.py"), 1, "error: not built: run build.py"),
         (PermissionError(13, "Permission denied", "x.gguf"), 2, "error: x.gguf: Permission denied"),

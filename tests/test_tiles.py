@@ -109,7 +109,8 @@ import json, logging, resource, sys
 import numpy as np
 import models
 logging.basicConfig(level=logging.WARNING)
-with models.load("{DEMO}/z_image_demo.gguf", "{DEMO}/qwen3_demo.gguf", "{DEMO}/ae_demo.safetensors", n_threads=1) as pipe:
+files = [f"{DEMO}/{{name}}" for name in ("z_image_demo.gguf", "qwen3_demo.gguf", "ae_demo.safetensors")]
+with models.load(*files, n_threads=1) as pipe:
     z = np.load("{tmp_path}/z.npy")
     pipe.decode(z[:, :8, :8])
     room = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize() + 250 * 2**20
