@@ -19,6 +19,7 @@ Kind: TypeAlias = Literal[
     "TrailingBytes",
     "BadMagic",
     "PickleRefused",
+    "Unsupported",  # read well, but of a kind that is not computed here
     "UnsupportedVersion",
     "WrongEndianness",
     "LimitExceeded",

@@ -6,7 +6,7 @@ ne [width, height, n_channels, n].
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from loader.params import Param
@@ -24,6 +24,32 @@ class Module:
     def params(self) -> dict[str, Param]:
         """name -> Param, as `loader.load_params` takes it."""
         return dict(self.named_params())
+
+    def named_modules(self, prefix: str = "") -> Iterator[tuple[str, Module]]:
+        """(path, module) of every module below, in the order the attributes were made."""
+        for name, value in vars(self).items():
+            for path, module in _modules(f"{prefix}{name}", value):
+                yield path, module
+                yield from module.named_modules(f"{path}.")
+
+
+def find(module: Module, path: str) -> Module | None:
+    """The module at a path such as "layers.0.attention.out"; None when there is none."""
+    value: Any = module
+    for part in path.split("."):
+        if isinstance(value, (list, tuple)):
+            value = value[int(part)] if part.isdigit() and int(part) < len(value) else None
+        else:
+            value = getattr(value, part, None)
+    return value if isinstance(value, Module) else None
+
+
+def _modules(path: str, value: Any) -> Iterator[tuple[str, Module]]:
+    if isinstance(value, Module):
+        yield path, value
+    elif isinstance(value, (list, tuple)):
+        for i, item in enumerate(value):
+            yield from _modules(f"{path}.{i}", item)
 
 
 def _named(path: str, value: Any) -> Iterator[tuple[str, Param]]:
@@ -46,6 +72,7 @@ class Linear(Module):
     """y = W x + b. Weight ne [n_in, n_out], in whatever type the file has.
 
     `headroom`: where x is rounded to f16 on its way, it is divided by this power of two, and the product multiplied.
+    `deltas`: what LoRAs add to the product as it is computed, each as delta(y, x) -> y.
     """
 
     def __init__(
@@ -54,9 +81,12 @@ class Linear(Module):
         self.weight = Param((n_in, n_out), type)
         self.bias = Param((n_out,), Type.F32) if bias else None
         self.headroom = headroom
+        self.deltas: tuple[Callable[[Tensor, Tensor], Tensor], ...] = ()
 
     def __call__(self, x: Tensor) -> Tensor:
         y = self.product(x)  # ne [n_out, n_tokens]
+        for add_delta in self.deltas:
+            y = add_delta(y, x)
         return y if self.bias is None else ops.add(y, self.bias.tensor)
 
     def product(self, x: Tensor) -> Tensor:

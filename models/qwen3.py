@@ -18,6 +18,7 @@ from loader.errors import LoadError
 from pyggml import Backend, Graph, Tensor, Type, ops
 
 from .compute import Compute
+from .lora import Naming, extra_nodes
 from .nn import Embedding, Linear, Module, RMSNorm, attention
 from .rope import apply_rope
 
@@ -32,6 +33,16 @@ RENAMES: list[tuple[str, str | None]] = [
     (r"^layers\.(\d+)\.post_attention_layernorm\.", r"blk.\1.ffn_norm."),
     # The last layer, the final norm and the output projection take no part in a text encoder.
     (r"^(?:norm|output_norm|lm_head|output)\..*$", None),
+]
+# The other way round, for LoRA files: what Hugging Face calls our modules.
+ALIASES: list[tuple[str, str]] = [
+    (r"^token_embd$", "embed_tokens"),
+    (r"^blk\.(\d+)\.attn_([qkv])$", r"layers.\1.self_attn.\2_proj"),
+    (r"^blk\.(\d+)\.attn_output$", r"layers.\1.self_attn.o_proj"),
+    (r"^blk\.(\d+)\.attn_([qk])_norm$", r"layers.\1.self_attn.\2_norm"),
+    (r"^blk\.(\d+)\.ffn_(gate|up|down)$", r"layers.\1.mlp.\2_proj"),
+    (r"^blk\.(\d+)\.attn_norm$", r"layers.\1.input_layernorm"),
+    (r"^blk\.(\d+)\.ffn_norm$", r"layers.\1.post_attention_layernorm"),
 ]
 
 
@@ -125,9 +136,14 @@ class Qwen3(Module):
             x = block(x, position, mask)
         return x
 
+    @property
+    def naming(self) -> Naming:
+        """Names of LoRA files. The last layer, the final norm and the output projection are not computed."""
+        return Naming(ALIASES, unused=rf"(layers|blk)_{len(self.blk)}_|(norm|output_norm|lm_head|output)$")
+
     def graph(self, backend: Backend, n_tokens: int) -> Graph:
         """The graph for `n_tokens`: inputs ids, position (i32) and mask (f16), output hidden."""
-        graph = Graph(backend, n_nodes=64 + 40 * len(self.blk))
+        graph = Graph(backend, n_nodes=64 + 40 * len(self.blk) + extra_nodes(self))
         ids = graph.input((n_tokens,), Type.I32, name="ids")
         position = graph.input((n_tokens,), Type.I32, name="position")
         mask = graph.input((n_tokens, n_tokens), Type.F16, name="mask")

@@ -66,6 +66,11 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
                         help="give back a mapping's pages that were copied from (default)")  # fmt: skip
     models.add_argument("--compat", choices=("diffusers", "sd.cpp"), default="diffusers",
                         help="whose rules to follow where the two differ (docs/parity.md)")  # fmt: skip
+    lora = parser.add_argument_group("LoRA", "<lora:NAME:WEIGHT> in the prompt, or:")
+    lora.add_argument("--lora", action="append", default=[], metavar="FILE[:WEIGHT]", help="may be repeated")
+    lora.add_argument("--lora-model-dir", default=".", metavar="DIR", help="where the names of prompts are (.)")
+    lora.add_argument("--lora-apply-mode", choices=("auto", "at_runtime", "immediately"), default="auto",
+                      help="beside the weights, or merged into what it changes (docs/lora.md)")  # fmt: skip
     picture = parser.add_argument_group("picture")
     picture.add_argument("-n", "--negative-prompt", default="", metavar="TEXT", help="what to keep out (cfg-scale > 1)")
     picture.add_argument("-W", "--width", type=int, metavar="PX", help="a multiple of 8; the model's own size")

@@ -10,9 +10,15 @@ import secrets
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from . import loras
+
+if TYPE_CHECKING:
+    from loader.lora import LoraReport
 
 DEMO = Path(__file__).parent / "demo"
 DEMO_FILES = ("z_image_demo.gguf", "qwen3_demo.gguf", "ae_demo.safetensors")
@@ -21,11 +27,13 @@ INIT_STRENGTH = 0.75  # sd-cli's
 
 def generate(args: argparse.Namespace) -> int:
     """Draw what `args` asks for. What can be wrong with them is said before a model is loaded."""
-    prompt = _prompt(args)
+    written_prompt = _prompt(args)
+    prompt, tags = loras.take_tags(written_prompt)
     files = _models(args)
     _check(args)
     options = _load_options(args)
     backend = _backend(args)
+    wanted_loras = loras.find_all(tags, args.lora, args.lora_model_dir)
     outputs = _outputs(args.output, args.batch_count)
     report = Path(args.report) if args.report else None
     for path in [*outputs, report] if report else outputs:
@@ -49,14 +57,17 @@ def generate(args: argparse.Namespace) -> int:
         bars("load", 0, 1)
         pipe = models.load(
             *files, backend=backend, n_threads=args.threads, options=options, compat=args.compat,
-            encoder=args.init_img is not None,
+            encoder=args.init_img is not None, lora_apply_mode=args.lora_apply_mode,
         )  # fmt: skip
         bars("load", 1, 1)
         loaded = time.perf_counter() - start
+        before = {"load": loaded}
         n_steps = args.steps or pipe.default_steps
 
         def save(i: int, used_seed: int, picture: Any) -> None:
-            text = "" if args.disable_image_metadata else parameters(args, prompt, used_seed, picture.shape, n_steps)
+            text = ""
+            if not args.disable_image_metadata:
+                text = parameters(args, written_prompt, used_seed, picture.shape, n_steps)
             write_png(outputs[i], picture, text)
             written.append(outputs[i])
 
@@ -64,6 +75,11 @@ def generate(args: argparse.Namespace) -> int:
             pipe.find_bad_op = args.find_bad_op
             pipe.smaller_vae_tile = tile
             pipe.vae_tile = tile if args.vae_tiling else None
+            if wanted_loras:
+                reports = pipe.set_loras(wanted_loras, progress=bars)
+                before["lora"] = time.perf_counter() - start - loaded
+                if not args.verbose:  # else the log says it
+                    _warn_of_keys(reports)
             result = pipe(
                 prompt, negative_prompt=args.negative_prompt, width=width, height=height,
                 num_inference_steps=args.steps, guidance_scale=args.cfg_scale - 1, sigmas=sigmas,
@@ -73,12 +89,18 @@ def generate(args: argparse.Namespace) -> int:
             )  # fmt: skip
     if report:
         data = result.report.to_dict()
-        data["seconds"] = {"load": loaded, **data["seconds"], "total": time.perf_counter() - start}
+        data["seconds"] = {**before, **data["seconds"], "total": time.perf_counter() - start}
         data |= {"images": [str(path) for path in written], "seeds": result.seeds}
         write_whole(report, (json.dumps(data, indent=1) + "\n").encode())
     for path in written:
         print(path)
     return 0
+
+
+def _warn_of_keys(reports: Sequence[LoraReport]) -> None:
+    for report in reports:
+        if report.unknown or report.warnings:
+            print("warning: " + "; ".join([report.sentence(), *report.warnings]), file=sys.stderr)
 
 
 def _prompt(args: argparse.Namespace) -> str:
@@ -91,6 +113,8 @@ def _prompt(args: argparse.Namespace) -> str:
         # Bytes of the command line that are no UTF-8 arrive as halves of surrogate pairs.
         if any("\ud800" <= c <= "\udfff" for c in text):
             raise ValueError(f"the {name} is no valid UTF-8 text")
+    if loras.TAG.search(args.negative_prompt):
+        raise ValueError("a <lora:...> in the negative prompt has no effect: put it into the prompt")
     return str(prompt)
 
 
@@ -235,6 +259,9 @@ def parameters(args: argparse.Namespace, prompt: str, seed: int, shape: tuple[in
         "RNG": args.rng or ("cuda" if args.compat == "sd.cpp" else "cpu"),
         "Sampler": f"{args.sampling_method} {args.scheduler or ''}".strip(),
     }  # fmt: skip
+    if args.lora:
+        found = (loras.parse_option(text) for text in args.lora)
+        settings["Lora"] = ", ".join(f"{Path(path).name}:{weight:g}" for path, weight in found)
     if args.flow_shift:
         settings["Shift"] = args.flow_shift
     if args.sigmas:

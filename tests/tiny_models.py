@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ GOLDEN = Path(__file__).parent / "golden"
 PARTS = {"diffusion_model": "z_image_transformer", "llm": "qwen3", "vae": "autoencoder_kl"}
 
 
+@cache
 def golden(name: str) -> Mapping[str, Any]:
     """The arrays of tests/golden/<name>.npz."""
     with np.load(GOLDEN / f"{name}.npz") as file:

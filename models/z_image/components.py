@@ -32,6 +32,7 @@ class Component:
     weights: Weights
     checkpoint: Checkpoint
     backend: Backend
+    options: LoadOptions | None = None
 
     def close(self) -> None:
         self.weights.close()
@@ -90,4 +91,4 @@ def _load(
     module: Module, checkpoint: Checkpoint, backend: Backend, component: str, options: LoadOptions | None
 ) -> Component:
     weights = load_params(module.params(), checkpoint, backend=backend, component=component, options=options)
-    return Component(module, weights, checkpoint, backend)
+    return Component(module, weights, checkpoint, backend, options)

@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from loader.errors import LoadError
+from loader.lora import LoraReport
 from loader.options import LoadOptions
 from pyggml import Backend, Cancelled, Graph, NonFinite
 
@@ -29,6 +30,7 @@ from ..autoencoder_kl import AutoencoderKL
 from ..compute import first_bad_op
 from ..devices import Module, places
 from ..guidance import guidance_at, z_image_guidance
+from ..lora import MAX_LORAS, ApplyMode, Loras, Naming, Target, check_weight
 from ..memory import Report
 from ..qwen3 import Qwen3
 from ..rng import RNG, make_rng
@@ -56,8 +58,8 @@ class Conditioning:
     """What the text encoder made of a prompt: `features` float32 [n_tokens, caption_dim]."""
 
     features: Float32
-    # what a transformer's refiner makes of them, by the pipeline's key
-    _refined: dict[object, Float32] = field(default_factory=dict, compare=False, repr=False)
+    # what a transformer's refiner makes of them, by the pipeline's key, and with which LoRAs on it
+    _refined: dict[object, tuple[object, Float32]] = field(default_factory=dict, compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,7 @@ class ZImagePipeline:
 
     def __init__(
         self, text_encoder: Component, transformer: Component, vae: Component, tokenizer: Tokenizer, *,
-        compat: Compat = "diffusers", default_size: int = 1024,
+        compat: Compat = "diffusers", default_size: int = 1024, lora_apply_mode: ApplyMode = "auto",
     ) -> None:  # fmt: skip
         self.text_encoder = text_encoder
         self.transformer = transformer
@@ -114,7 +116,13 @@ class ZImagePipeline:
         self.vae_tile: tuple[int, int] | None = None
         self.smaller_vae_tile = tiles.DEFAULT
         self._tiles: dict[str, tuple[int, int]] = {}
-        self._prompts: OrderedDict[tuple[str, str], Conditioning] = OrderedDict()
+        self.loras = Loras(
+            {
+                "text_encoder": self._target(text_encoder, text_encoder.module.naming),
+                "transformer": self._target(transformer, net.NAMING),
+            }, lora_apply_mode, self._drop_graphs,
+        )  # fmt: skip
+        self._prompts: OrderedDict[tuple[object, ...], Conditioning] = OrderedDict()
         self._key = object()
         self._cancelled = threading.Event()
         self._depth = 0  # of nested calls
@@ -127,9 +135,10 @@ class ZImagePipeline:
         cls, diffusion_model: Path, llm: Path, vae: Path, *,
         backend: Backend | str | Mapping[Module, Backend] | None = None, n_threads: int | None = None,
         options: LoadOptions | None = None, compat: Compat = "diffusers", tokenizer: Tokenizer | None = None,
-        encoder: bool = False,
+        encoder: bool = False, lora_apply_mode: ApplyMode = "auto",
     ) -> ZImagePipeline:  # fmt: skip
         """Load from three files (or diffusers folders). `encoder`: also the half of the autoencoder that img2img needs.
+        `lora_apply_mode`: "auto", "at_runtime" or "immediately", see models.lora.
 
         `backend`: what computes, one for all, one for each module, or a text such as "te=cpu,diffusion=vulkan0"
         (models.devices); the processor unless given. Weights stay in the mapped files where the backend can use them
@@ -159,13 +168,15 @@ class ZImagePipeline:
                 component.close()
             raise
         default_size = int(dit.checkpoint.metadata.get("z_image.default_size", 1024))
-        return cls(llm_component, dit, autoencoder, tokenizer, compat=compat, default_size=default_size)
+        return cls(
+            llm_component, dit, autoencoder, tokenizer, compat=compat, default_size=default_size,
+            lora_apply_mode=lora_apply_mode,
+        )  # fmt: skip
 
     def close(self) -> None:
-        """Give back graphs, weights and mappings."""
-        for graph in self._step_graphs.values():
-            graph.close()
-        self._step_graphs.clear()
+        """Give back graphs, LoRAs, weights and mappings."""
+        self._drop_graphs()
+        self.loras.close()
         for component in (self.text_encoder, self.transformer, self.vae):
             component.close()
 
@@ -181,6 +192,91 @@ class ZImagePipeline:
         for component in self._components():
             component.backend.cancel()
 
+    # -- LoRAs --------------------------------------------------------------------------------------------------------
+
+    @_cancellable
+    def set_loras(
+        self, loras: Mapping[Path, float] | Sequence[tuple[Path, float]], *, progress: Progress | None = None
+    ) -> list[LoraReport]:  # fmt: skip
+        """Make these LoRA files, each with its weight in -8..8, the only active ones; one that comes twice counts with
+        the sum. The ones that stay are not read again. Returns what became of each file's keys.
+
+        LoadError for a broken file, for one of another model or size, or when none of its keys is this model's; the
+        LoRAs are then as they were before. progress("lora", done, total), in bytes, as tensors are merged.
+        """
+        weights: dict[str, float] = {}
+        for path, weight in loras.items() if isinstance(loras, Mapping) else loras:
+            name = os.path.realpath(path)
+            weights[name] = check_weight(weights.get(name, 0.0) + check_weight(weight))
+        if len(weights) > MAX_LORAS:
+            raise ValueError(f"{len(weights)} LoRAs at once; {MAX_LORAS} are the most")
+        self.loras.forget_replaced()
+        before = list(self.loras.loaded)
+        try:
+            reports = [self.loras.load(name, name) for name in weights]
+            self._activate(weights, progress)
+        except BaseException:
+            for name in [name for name in self.loras.loaded if name not in before]:
+                self.loras.unload(name)
+            raise
+        for name in [name for name in self.loras.loaded if name not in weights]:
+            self.loras.unload(name)
+        return reports
+
+    @_cancellable
+    def load_lora_weights(self, path: Path, adapter_name: str | None = None) -> LoraReport:
+        """diffusers' way: open a LoRA and add it to the active ones, with weight 1, under `adapter_name` (the file's
+        name without its ending). Raises as set_loras; ValueError for a name that is taken.
+        """
+        name = os.path.splitext(os.path.basename(os.fspath(path)))[0] if adapter_name is None else adapter_name
+        if name in self.loras.loaded:
+            raise ValueError(f"there is a LoRA {name!r} already: give another adapter_name")
+        report = self.loras.load(path, name)
+        try:
+            self._activate({**self.loras.active, name: 1.0})
+        except BaseException:
+            if name not in self.loras.active:
+                self.loras.unload(name)
+            raise
+        return report
+
+    @_cancellable
+    def set_adapters(
+        self, adapter_names: str | Sequence[str], adapter_weights: float | Sequence[float] | None = None
+    ) -> None:
+        """Make exactly these loaded LoRAs active, with these weights (1 where none is given, one for all)."""
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        if adapter_weights is None or isinstance(adapter_weights, (int, float)):
+            weights: list[float] = [1.0 if adapter_weights is None else adapter_weights] * len(names)
+        else:
+            weights = list(adapter_weights)
+        if len(weights) != len(names) or len(set(names)) != len(names):
+            raise ValueError(f"{len(weights)} weights for the LoRAs {', '.join(names)}: one for each, each named once")
+        self._activate(dict(zip(names, weights, strict=True)))
+
+    def unload_lora_weights(self) -> None:
+        """Forget all LoRAs."""
+        self.loras.clear()
+        for name in list(self.loras.loaded):
+            self.loras.unload(name)
+
+    def _activate(self, weights: Mapping[str, float], progress: Progress | None = None) -> None:
+        def check(done: int, total: int) -> None:
+            if progress:
+                progress("lora", done, total)
+            self._check_cancelled()
+
+        self.loras.activate(weights, check)
+
+    def _target(self, component: Component, naming: Naming) -> Target:
+        c = component
+        return Target(c.module, c.weights, c.checkpoint, c.backend, naming, c.options)
+
+    def _drop_graphs(self) -> None:
+        for graph in self._step_graphs.values():
+            graph.close()
+        self._step_graphs.clear()
+
     # -- the three parts ----------------------------------------------------------------------------------------------
 
     @_cancellable
@@ -189,7 +285,7 @@ class ZImagePipeline:
 
         ValueError for a prompt that is no text, NonFinite when the encoder's output is not.
         """
-        key = (self.compat, prompt)
+        key = self._prompt_key(prompt)
         if key in self._prompts:
             self._prompts.move_to_end(key)
             return self._prompts[key]
@@ -347,11 +443,12 @@ class ZImagePipeline:
         self._check_unchanged()
         self._tiles = {}
         report = Report(components={c.weights.report.component: c.weights.report for c in self._components()})
+        report.loras = self.loras.report()
         tell = progress or (lambda phase, done, total: None)
 
         # 2. prompts
         with report.phase("text_encoder"):
-            report.prompt_cached = prompt_embeds is None and (self.compat, prompt) in self._prompts
+            report.prompt_cached = prompt_embeds is None and self._prompt_key(prompt) in self._prompts
             tell("text encoder", 0, 1)
             cond = self.encode(prompt) if prompt_embeds is None else _conditioning(prompt_embeds, self)
             uncond = None
@@ -416,6 +513,9 @@ class ZImagePipeline:
 
     # -- inside -------------------------------------------------------------------------------------------------------
 
+    def _prompt_key(self, prompt: str) -> tuple[object, ...]:
+        return self.compat, prompt, self.loras.state("text_encoder")
+
     def _components(self) -> tuple[Component, ...]:
         return self.text_encoder, self.transformer, self.vae
 
@@ -435,12 +535,14 @@ class ZImagePipeline:
     def _context(self, cond: Conditioning) -> Float32:
         """The refined caption, once for each conditioning."""
         module: ZImageTransformer = self.transformer.module
-        if self._key not in cond._refined:
+        state = self.loras.state("transformer")
+        if cond._refined.get(self._key, (None,))[0] != state:
             n = len(cond.features)
             with module.context_graph(self.transformer.backend, n) as graph:
                 inputs = dict(caption=cond.features, position=net.context_positions(n))
-                cond._refined[self._key] = self._compute("the caption's refiner", graph, **inputs)["context"]
-        return cond._refined[self._key]
+                context = self._compute("the caption's refiner", graph, **inputs)["context"]
+                cond._refined[self._key] = state, context
+        return cond._refined[self._key][1]
 
     def _velocity(self, x: Float32, sigma: float, context: Float32) -> Float32:
         """noise - x0 as the network sees it, [16, h, w]."""
@@ -488,6 +590,8 @@ class ZImagePipeline:
         for component in self._components():
             if changed := component.checkpoint.changed():
                 raise LoadError(f"a file of weights changed while it was used: {changed}", kind="WeightsChanged")
+        if changed := self.loras.file_changed():
+            raise LoadError(f"a LoRA changed while it was used: {changed}", kind="WeightsChanged")
 
     def _guided(self, guidance_scale: float, both: bool) -> bool:
         """Whether the negative prompt takes part. Below 0, cfg below 1, stable-diffusion.cpp mixes the two as well."""

@@ -21,6 +21,7 @@ from loader.errors import LoadError
 from loader.params import Param
 from pyggml import Backend, Graph, Tensor, Type, ops
 
+from ..lora import Naming, extra_nodes
 from ..nn import Linear, Module, RMSNorm, attention, graph_use, split_heads
 from ..rope import apply_rope_axes
 
@@ -37,6 +38,17 @@ RENAMES: list[tuple[str, str | None]] = [
     (r"\.attention\.norm_([qk])\.", r".attention.\1_norm."),
     (r"^norm_final\.weight$", None),  # in some files; nothing uses it
 ]
+# The other way round, for LoRA files: what diffusers calls our modules.
+NAMING = Naming(
+    aliases=[
+        (r"^x_embedder$", "all_x_embedder.2-1"),
+        (r"^final_layer\.", "all_final_layer.2-1."),
+        (r"\.attention\.out$", ".attention.to_out.0"),
+        (r"\.attention\.([qk])_norm$", r".attention.norm_\1"),
+    ],
+    stacked=(".attention.qkv", (".attention.to_q", ".attention.to_k", ".attention.to_v")),
+    unused=r"norm_final$",
+)
 
 
 @dataclass(frozen=True)
@@ -246,7 +258,7 @@ class ZImageTransformer(Module):
 
     def context_graph(self, backend: Backend, n_caption: int) -> Graph:
         """Inputs caption and position; output context, numpy [n_padded, dim]."""
-        graph = Graph(backend, n_nodes=128 + 64 * len(self.context_refiner))
+        graph = Graph(backend, n_nodes=128 + 64 * len(self.context_refiner) + extra_nodes(self))
         caption = graph.input((self.config.caption_dim, n_caption), name="caption")
         positions = input_positions(graph, padded(n_caption))
         graph.output(self.context(caption, positions), name="context")
@@ -255,7 +267,7 @@ class ZImageTransformer(Module):
     def step_graph(self, backend: Backend, n_patches: int, n_context: int) -> Graph:
         """Inputs patches, t, context and position; output out, numpy [n_patches, patch_dim]."""
         c = self.config
-        graph = Graph(backend, n_nodes=256 + 80 * (c.n_layers + c.n_noise_refiners))
+        graph = Graph(backend, n_nodes=256 + 80 * (c.n_layers + c.n_noise_refiners) + extra_nodes(self))
         patches = graph.input((c.patch_dim, n_patches), name="patches")
         t = graph.input((1,), name="t")
         context = graph.input((c.dim, n_context), name="context")
