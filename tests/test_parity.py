@@ -20,7 +20,7 @@ def test_pictures_agree() -> None:
     rows = parity.compare_all(python, files, parity.SETTINGS, Path(folder) / "pictures", n_threads=1)
     assert len(rows) >= 12
     assert all(r.std > 10 and r.clipped < 0.25 for r in rows), "these pictures show little"
-    assert {r.setting.name: r.psnr for r in rows if r.psnr < parity.ENOUGH} == {}
+    assert {r.setting.name: r.psnr for r in rows if r.psnr < r.setting.enough} == {}
 
 
 # -- without the peer ------------------------------------------------------------------------------------------------
@@ -32,6 +32,8 @@ def test_settings_cover_what_they_must() -> None:
     assert len({x.method for x in s}) >= 6
     assert {x.rng for x in s} == {"cuda", "cpu"} and {x.weights for x in s} == {"f16", "q8_0"}
     assert any(x.init for x in s) and any(not x.prompt.isascii() for x in s)
+    assert {x.lora_mode for x in s if x.loras} == {"auto", "at_runtime", "immediately"}
+    assert {name for x in s for name, _ in x.loras} == set(checkpoints.LORAS)
     assert any(x.width % 16 or x.height % 16 for x in s) and any(x.cfg > 1 and x.negative for x in s)
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 
 import gguf
@@ -203,11 +203,82 @@ MAKERS: Mapping[str, Callable[[Path], None]] = {
 }
 
 
-def make(folder: Path) -> dict[str, Path]:
-    """The files of FILES in `folder`, each written unless it is there."""
+LORAS: Mapping[str, Callable[[Path], None]] = {
+    "of-all": lambda path: write_lora(path),
+    "of-forms": lambda path: write_forms(path),
+    "of-text": lambda path: write_text_lora(path),
+}
+
+
+def _factors(rng: np.random.Generator, n_out: int, n_in: int, rank: int = 16) -> tuple[Values, Values]:
+    """(down, up) of a product with standard deviation 0.5 / sqrt(n_in), half of a weight's."""
+    down = rng.standard_normal((rank, n_in), np.float32) / np.float32(math.sqrt(n_in))
+    up = rng.standard_normal((n_out, rank), np.float32) * np.float32(0.5 / math.sqrt(rank))
+    return down, up
+
+
+def write_lora(path: Path, seed: int = 4) -> None:
+    """diffusers' names, f16: every matrix of some blocks, q, k and v apart."""
+    rng, tensors = np.random.default_rng(seed), {}
+    matrices = {
+        "attention.to_q": (DIM, DIM), "attention.to_k": (DIM, DIM), "attention.to_v": (DIM, DIM),
+        "attention.to_out.0": (DIM, DIM), "feed_forward.w1": (FF, DIM), "feed_forward.w2": (DIM, FF),
+        "feed_forward.w3": (FF, DIM),
+    }  # fmt: skip
+    for block in ("layers.0", "layers.7", "layers.29", "noise_refiner.1", "context_refiner.0"):
+        for name, (n_out, n_in) in matrices.items():
+            down, up = _factors(rng, n_out, n_in)
+            tensors[f"transformer.{block}.{name}.lora_A.weight"] = down.astype(np.float16)
+            tensors[f"transformer.{block}.{name}.lora_B.weight"] = up.astype(np.float16)
+    save_file(tensors, path)
+
+
+def write_forms(path: Path, seed: int = 5) -> None:
+    """Single-file names, f32: a fused qkv with alpha, a LoHa, a LoKr."""
+    rng, tensors = np.random.default_rng(seed), {}
+
+    def normal(*shape: int, std: float) -> Values:
+        return rng.standard_normal(shape, np.float32) * np.float32(std)
+
+    down, up = _factors(rng, 3 * DIM, DIM)
+    qkv, w1, w2 = (f"diffusion_model.layers.{name}" for name in (
+        "29.attention.qkv", "0.feed_forward.w1", "29.feed_forward.w2"))  # fmt: skip
+    tensors |= {f"{qkv}.lora_down.weight": down, f"{qkv}.lora_up.weight": up, f"{qkv}.alpha": np.float32([12])}
+    for w in ("w1", "w2"):
+        tensors |= {f"{w1}.hada_{w}_a": normal(FF, 8, std=0.5), f"{w1}.hada_{w}_b": normal(8, DIM, std=0.15)}
+    tensors |= {f"{w1}.alpha": np.float32([4]), f"{w2}.lokr_w1": normal(8, 8, std=0.5)}
+    tensors |= {f"{w2}.lokr_w2": normal(DIM // 8, FF // 8, std=0.01)}
+    save_file(tensors, path)
+
+
+def write_text_lora(path: Path, seed: int = 6) -> None:
+    """Hugging Face's names behind stable-diffusion.cpp's prefix: two layers of the text encoder."""
+    rng, tensors = np.random.default_rng(seed), {}
+    for layer in (0, 34):
+        for name, n_out, n_in in (("self_attn.q_proj", LLM_HEADS * HEAD, CAPTION), ("mlp.down_proj", CAPTION, LLM_FF)):
+            down, up = _factors(rng, n_out, n_in)
+            stem = f"text_encoders.llm.model.layers.{layer}.{name}"
+            tensors |= {f"{stem}.lora_down.weight": down, f"{stem}.lora_up.weight": up}
+    save_file(tensors, path)
+
+
+def make_loras(folder: Path) -> dict[str, Path]:
+    """Name -> file of LORAS in `folder`, each written unless it is there."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = {}
-    for key, name in FILES.items():
+    for name, maker in LORAS.items():
+        paths[name] = folder / f"{name}.safetensors"
+        if not paths[name].exists():
+            maker(paths[name])
+    return paths
+
+
+def make(folder: Path, keys: Collection[str] = tuple(FILES)) -> dict[str, Path]:
+    """The files of FILES in `folder`, those of `keys`, each written unless it is there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = {}
+    for key in keys:
+        name = FILES[key]
         paths[key] = folder / name
         if not paths[key].exists():
             part = folder / f".{name}.part"
