@@ -9,6 +9,7 @@ from typing import Final, Literal, TypeAlias, get_args
 
 Mode: TypeAlias = Literal["auto", "map", "io", "off"]
 Hint: TypeAlias = Literal["sequential", "populate", "willneed", "dontneed"]
+Repack: TypeAlias = Literal["auto", "on", "off"]
 
 ENVIRONMENT: Final = ("PYGGML_MMAP_FLAGS", "SD_MMAP_FLAGS")  # the first that is set counts
 
@@ -23,17 +24,22 @@ class LoadOptions:
     mlock     weights are locked in memory, so that they are never paged out.
     hints     advice to the kernel: "sequential"; "willneed", read ahead in the background; "populate", read before the
               load returns; "dontneed", drop the files' pages from the page cache when the weights are closed.
+    repack    weights that are only multiplied with are copied into the layout of a faster kernel: "auto" where that was
+              measured to be faster, "on" wherever there is such a layout.
     reclaim   pages of a mapping that were copied from are given back as the copy goes; not with mlock.
     """
 
     mode: Mode = "auto"
     mlock: bool = False
     hints: frozenset[Hint] = frozenset()
+    repack: Repack = "auto"
     reclaim: bool = True
 
     def __post_init__(self) -> None:
         if self.mode not in get_args(Mode):
             raise ValueError(f"mode is one of {', '.join(get_args(Mode))}, not {self.mode!r}")
+        if self.repack not in get_args(Repack):
+            raise ValueError(f"repack is one of {', '.join(get_args(Repack))}, not {self.repack!r}")
         unknown = sorted(set(self.hints) - set(get_args(Hint)))
         if unknown:
             raise ValueError(f"hints are {', '.join(get_args(Hint))}, not {', '.join(map(repr, unknown))}")

@@ -17,7 +17,7 @@ from pyggml.lib import ffi, lib
 from pyggml.types import BufferUsage, DeviceType
 
 from .checkpoint import Checkpoint
-from .convert import STAGING, convert, is_same
+from .convert import STAGING, convert
 from .dtypes import GGML_TYPES, SAFETENSORS_BITS
 from .errors import LoadError, printable
 from .mapped import MappedFile, TensorInfo
@@ -36,15 +36,20 @@ Progress = Callable[[int, int], None]
 class Param:
     """A tensor that a model wants: `ne` fastest dimension first; `type` None takes what the file has.
 
+    `product`: it is only ever the first argument of mul_mat, so it may be kept in the layout of a faster kernel.
+
     `tensor` is there once `load_params` has run, unless it is optional and the checkpoint lacks it: see `loaded`.
     """
 
-    __slots__ = ("_tensor", "ne", "optional", "type")
+    __slots__ = ("_tensor", "ne", "optional", "product", "type")
 
-    def __init__(self, ne: Sequence[int], type: Type | None = None, optional: bool = False) -> None:
+    def __init__(
+        self, ne: Sequence[int], type: Type | None = None, optional: bool = False, *, product: bool = False
+    ) -> None:
         self.ne = tuple(ne)
         self.type = type
         self.optional = optional
+        self.product = product
         self._tensor: Tensor | None = None
 
     @property
@@ -83,6 +88,8 @@ class LoadReport:
     seconds: float
     not_mapped: dict[str, int] = field(default_factory=dict)
     locked_bytes: int = 0
+    n_repacked: int = 0
+    repacked_bytes: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -192,7 +199,10 @@ def load_params(
     buffer_type = buffer_type or backend.buffer_type
     device = device_of(buffer_type) or backend.device
     wanted = {name: (param.ne, param.type, param.optional) for name, param in params.items()}
-    plan = plan_params(wanted, checkpoint, device=device, buffer_type=buffer_type, component=component, options=options)
+    plan = plan_params(
+        wanted, checkpoint, device=device, buffer_type=buffer_type, component=component, options=options,
+        products={name for name, param in params.items() if param.product},
+    )  # fmt: skip
     if options.mode == "auto":
         _say_why_not(plan)
     context = Context(len(plan.placements))
@@ -205,8 +215,9 @@ def load_params(
         if n_mapped_files:
             n, size = plan.n_tensors("map"), plan.n_bytes("map") / _MB
             log.info("memory-mapped %d tensors in %d files (%.2f MB), taking %.2fs", n, n_mapped_files, size, seconds)
+        repacked = _place_in_layouts(plan, tensors, component)
         buffer = alloc_params_buffer(context, buffer_type, component=component)
-        allocated = 0 if buffer is None else buffer.n_bytes
+        allocated = repacked + (0 if buffer is None else buffer.n_bytes)
         where = "RAM" if buffer_type.is_host else "VRAM"
         shown = f"{allocated / _MB:.2f} MB({where}) ({len(tensors)} tensors)"
         log.info("%s params backend buffer size = %s", component, shown)
@@ -226,13 +237,15 @@ def load_params(
             n_mapped=plan.n_tensors("map"),
             mapped_bytes=plan.n_bytes("map"),
             n_mapped_files=n_mapped_files,
-            n_copied=plan.n_tensors("copy", "convert"),
+            n_copied=plan.n_tensors("copy", "convert", "repack"),
             n_converted=plan.n_tensors("convert"),
             allocated_bytes=allocated,
             read_bytes=read,
             seconds=time.perf_counter() - start,
             not_mapped=plan.reasons(),
             locked_bytes=lock.n_bytes if lock else 0,
+            n_repacked=plan.n_tensors("repack"),
+            repacked_bytes=repacked,
         )
         if read:
             rate = f"{read / _MB:.2f} MB read, {read / _MB / max(report.seconds, 1e-9):.0f} MB/s"
@@ -288,6 +301,28 @@ def _place_in_files(
     return n_mapped
 
 
+def _place_in_layouts(plan: Plan, tensors: Mapping[str, Tensor], component: str) -> int:
+    """Memory in the extra buffer types for what is repacked; nothing is written yet. Returns its bytes."""
+    by_layout: dict[BufferType, list[Tensor]] = {}
+    for p in plan.placements:
+        if p.layout is not None:
+            by_layout.setdefault(p.layout, []).append(tensors[p.name])
+    total = 0
+    for layout, members in by_layout.items():
+        offsets, end = [], 0
+        for tensor in members:
+            offsets.append(end)
+            size = int(lib.ggml_backend_buft_get_alloc_size(layout.ptr, tensor.ptr))
+            end += -(-size // layout.alignment) * layout.alignment
+        buffer = Buffer.of_size(layout, end, name=component)
+        lib.ggml_backend_buffer_set_usage(buffer.ptr, BufferUsage.WEIGHTS)
+        for tensor, offset in zip(members, offsets, strict=True):
+            buffer.place(tensor, offset)
+        log.info("%s: %d tensors repacked for %s (%.2f MB)", component, len(members), layout.name, end / _MB)
+        total += end
+    return total
+
+
 def _copy(
     plan: Plan, tensors: Mapping[str, Tensor], files: Mapping[MappedFile, MappedFile], progress: Progress | None, *,
     reclaim: bool,
@@ -299,11 +334,11 @@ def _copy(
     done = 0
     for p in todo:
         tensor, file = tensors[p.name], files[p.info.file]
-        for n in (_copy_tensor if is_same(p.info.dtype, p.type) else _convert_tensor)(p, file, tensor):
+        for n in _FILL[p.action](p, file, tensor):
             done += n
             if progress:
                 progress(done, total)
-        if reclaim and p.reading == "io":
+        if reclaim and (p.reading == "io" or (p.action == "repack" and p.reading == "map")):
             file.advise("dontneed", p.info.offset, p.info.n_bytes)
     return done
 
@@ -352,6 +387,21 @@ def _convert_tensor(p: Placement, file: MappedFile, tensor: Tensor) -> Any:
             tensor.ptr, ffi.from_buffer(out), first // p.type.block_size * p.type.type_size, out.nbytes
         )
         yield n_bytes
+
+
+def _repack_tensor(p: Placement, file: MappedFile, tensor: Tensor) -> Any:
+    """Bytes into another layout: ggml takes a whole tensor at once, straight out of the mapping if there may be one."""
+    if p.reading == "off":
+        raw = np.empty(p.info.n_bytes, np.uint8)
+        file.read_into(p.info.offset, raw.data)
+        lib.ggml_backend_tensor_set(tensor.ptr, ffi.from_buffer(raw), 0, raw.nbytes)
+    else:
+        view = file.view(p.info.offset, p.info.n_bytes)
+        lib.ggml_backend_tensor_set(tensor.ptr, ffi.from_buffer(view), 0, len(view))
+    yield p.info.n_bytes
+
+
+_FILL: Final = {"copy": _copy_tensor, "convert": _convert_tensor, "repack": _repack_tensor}
 
 
 def _not_representable(info: TensorInfo, message: str) -> LoadError:

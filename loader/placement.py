@@ -5,7 +5,7 @@ A `Plan` is made from headers alone, so that it can be shown (`pyggml plan`) wit
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -18,9 +18,10 @@ from .dtypes import QUANTISED
 from .errors import LoadError, printable, quoted
 from .mapped import MappedFile, TensorInfo
 from .options import LoadOptions
+from .repack import layout_for
 
 Ne: TypeAlias = tuple[int, ...]
-Action: TypeAlias = Literal["map", "copy", "convert"]
+Action: TypeAlias = Literal["map", "copy", "convert", "repack"]
 Reading: TypeAlias = Literal["map", "io", "off"]
 
 
@@ -28,7 +29,8 @@ Reading: TypeAlias = Literal["map", "io", "off"]
 class Placement:
     """One parameter: where it comes from, the type it will have, what is done with its bytes, and why not mapped.
 
-    `reading`: the mode of its file, "auto" resolved; what is not mapped is copied out of a mapping in mode "io".
+    `reading`: the mode of its file, "auto" resolved; what is not mapped is copied out of a mapping in mode "io", what
+    is repacked also in mode "map". `layout`: the buffer type that it is repacked for.
     """
 
     name: str
@@ -38,6 +40,7 @@ class Placement:
     action: Action
     reason: str = ""
     reading: Reading = "map"
+    layout: BufferType | None = None
 
     @property
     def n_bytes(self) -> int:
@@ -102,8 +105,11 @@ def plan_params(
     buffer_type: BufferType,
     component: str,
     options: LoadOptions | None = None,
+    products: Container[str] = (),
 ) -> Plan:
     """Match parameters, as name -> (ne, type or None for the file's own, optional), with the tensors of a checkpoint.
+
+    `products`: names of those that are only ever multiplied with, which may have a layout of their own.
 
     Raises `LoadError` (WrongTensors) that lists every tensor which is missing, surplus, of another shape, or of a type
     that cannot be converted; its `problems` has them all, the message the first.
@@ -132,7 +138,12 @@ def plan_params(
             reading, chosen = readings[info.file]
             reason = _why_not_mapped(info, kind) or chosen or cannot
             action: Action = "convert" if not is_same(info.dtype, kind) else "copy" if reason else "map"
-            placements.append(Placement(name, info, tuple(ne), kind, action, reason, reading))
+            layout = None
+            if name in products and action != "convert" and buffer_type == device.buffer_type:
+                layout = layout_for(device, tuple(ne), kind, options.repack)
+            if layout is not None:
+                action, reason = "repack", f"repacked for {layout.name}"
+            placements.append(Placement(name, info, tuple(ne), kind, action, reason, reading, layout))
     surplus = [_shown(info) for name, info in checkpoint.items() if name not in wanted]
     if missing or surplus or wrong:
         raise _wrong_tensors(component, checkpoint, len(wanted), missing, surplus, wrong)

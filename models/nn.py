@@ -78,7 +78,7 @@ class Linear(Module):
     def __init__(
         self, n_in: int, n_out: int, bias: bool = True, type: Type | None = None, headroom: float = 1.0
     ) -> None:
-        self.weight = Param((n_in, n_out), type)
+        self.weight = Param((n_in, n_out), type, product=True)
         self.bias = Param((n_out,), Type.F32) if bias else None
         self.headroom = headroom
         self.deltas: tuple[Callable[[Tensor, Tensor], Tensor], ...] = ()

@@ -289,6 +289,18 @@ class Buffer(Handle):
         return buffer
 
     @classmethod
+    def of_size(cls, buffer_type: BufferType, n_bytes: int, *, name: str = "a buffer") -> Buffer:
+        """A buffer that `place` puts tensors into, such as those of a layout of its own. OutOfMemory naming `name`."""
+        take_log()
+        ptr = lib.ggml_backend_buft_alloc_buffer(buffer_type.ptr, n_bytes)
+        if ptr == ffi.NULL:
+            raise OutOfMemory(
+                f"{name}: {buffer_type.name} could not allocate {n_bytes} bytes, {buffer_type.memory_free} bytes are "
+                f"free; {take_log() or 'no reason given'}"
+            )
+        return cls(ptr)
+
+    @classmethod
     def from_memory(
         cls, device: Device, address: int, n_bytes: int, *, owner: object, largest: int = 0, read_only: bool = True,
         check: Callable[[], None] | None = None,

@@ -435,11 +435,22 @@ const char * pyggml_why_not(const struct ggml_tensor * node) {
     }
 }
 
+bool pyggml_is_repacked(const struct ggml_tensor * tensor) {
+    if (!tensor->buffer || ggml_backend_buffer_is_host(tensor->buffer)) {
+        return false;
+    }
+    ggml_backend_dev_t device = ggml_backend_buft_get_device(ggml_backend_buffer_get_type(tensor->buffer));
+    return device && ggml_backend_dev_type(device) == GGML_BACKEND_DEVICE_TYPE_CPU;
+}
+
 int pyggml_first_refused(ggml_backend_t backend, struct ggml_cgraph * graph, const char ** why) {
     const int n = ggml_graph_n_nodes(graph);
     struct ggml_tensor ** nodes = ggml_graph_nodes(graph);
     for (int i = 0; i < n; i++) {
         *why = pyggml_why_not(nodes[i]);
+        if (!*why && nodes[i]->view_src && pyggml_is_repacked(nodes[i]->view_src)) {
+            *why = "weights as the file has them, but these are repacked";
+        }
         if (*why || !ggml_backend_supports_op(backend, nodes[i])) {
             return i;
         }

@@ -11,6 +11,9 @@
 // NULL when ggml's kernels take the node's types and strides, else what they want.
 PYGGML_API const char * pyggml_why_not(const struct ggml_tensor * node);
 
+// True when the tensor lies in a buffer of the processor's with a layout of its own: its bytes are not those of its type.
+PYGGML_API bool pyggml_is_repacked(const struct ggml_tensor * tensor);
+
 // Index of the first node that kernels would refuse, or that `backend` does not support; -1 when there is none.
 // *why is then the reason, or NULL when it is the backend's.
 PYGGML_API int pyggml_first_refused(ggml_backend_t backend, struct ggml_cgraph * graph, const char ** why);

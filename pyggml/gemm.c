@@ -425,6 +425,7 @@ static void compute_product(struct ggml_tensor * dst, int ith, int nth, void * u
 bool pyggml_mul_mat_fits(const struct ggml_tensor * w, const struct ggml_tensor * x) {
     if (x->type != GGML_TYPE_F32 || !ggml_is_contiguous(x) || w->ne[2] != 1 || w->ne[3] != 1 || ggml_is_transposed(w)) return false;
     if (x->ne[0] != w->ne[0] || ggml_nrows(x) < 4) return false;
+    if (w->buffer && !ggml_backend_buffer_is_host(w->buffer)) return false;  // a layout that is not the file's
     return w->type == GGML_TYPE_Q8_0 || w->type == GGML_TYPE_Q4_K;
 }
 

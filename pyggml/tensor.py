@@ -128,13 +128,21 @@ class Tensor:
             raise ShapeError(f"an array of shape {array.shape} does not fit {self!r} of numpy shape {self.shape}")
         if not self.is_contiguous:
             raise ShapeError(f"{self!r} is not contiguous: set its source instead")
+        if lib.pyggml_is_repacked(ptr) and ptr.extra == ffi.NULL:
+            raise GGMLError(f"{self!r}: its buffer type has no layout for this type and shape")
         raw = quantize.to_bytes(array, self.type, self.ne[0])
         if raw.nbytes:
             lib.ggml_backend_tensor_set(ptr, ffi.from_buffer(raw), 0, raw.nbytes)
 
+    def _readable(self) -> Any:
+        ptr = self._data()
+        if lib.pyggml_is_repacked(ptr):
+            raise GGMLError(f"{self!r} is repacked: its values are in the file, or load with repack off")
+        return ptr
+
     def numpy(self) -> NDArray[Any]:
         """A copy of the data, in numpy's shape; bf16 and quantised types come as float32. Strides are followed."""
-        ptr = self._data()
+        ptr = self._readable()
         type_, ne, nb = self.type, self.ne, self.nb
         raw = np.empty(self.n_bytes, np.uint8)
         if raw.nbytes:
@@ -178,7 +186,7 @@ class Tensor:
 
     def raw(self) -> bytes:
         """The bytes as ggml has them; for contiguous tensors."""
-        ptr = self._data()
+        ptr = self._readable()
         if not self.is_contiguous:
             raise ShapeError(f"{self!r} is not contiguous")
         data = bytearray(self.n_bytes)

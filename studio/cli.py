@@ -62,6 +62,8 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     models.add_argument("--mlock", action="store_true", help="lock weights in memory")
     models.add_argument("--mmap-flags", metavar="A,B,...", help="advice to the system about the files: sequential, "
                         "populate, willneed, dontneed (else of PYGGML_MMAP_FLAGS or SD_MMAP_FLAGS)")  # fmt: skip
+    models.add_argument("--repack", choices=("auto", "on", "off"), default="auto", help="copy weights into the layout "
+                        "of another kernel: where that was measured to be faster (default), always, never")  # fmt: skip
     models.add_argument("--reclaim-mmap-source", action=argparse.BooleanOptionalAction, default=True,
                         help="give back a mapping's pages that were copied from (default)")  # fmt: skip
     models.add_argument("--compat", choices=("diffusers", "sd.cpp"), default="diffusers",

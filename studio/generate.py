@@ -156,7 +156,9 @@ def _load_options(args: argparse.Namespace) -> Any:
 
     flags = args.mmap_flags
     hints = hints_from_environment(os.environ) if flags is None else parse_hints(flags, "--mmap-flags")
-    return LoadOptions(mode=args.mmap, mlock=args.mlock, hints=hints, reclaim=args.reclaim_mmap_source)
+    return LoadOptions(
+        mode=args.mmap, mlock=args.mlock, hints=hints, repack=args.repack, reclaim=args.reclaim_mmap_source
+    )
 
 
 def _backend(args: argparse.Namespace) -> str:

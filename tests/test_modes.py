@@ -93,6 +93,8 @@ def test_io_gives_pages_back_as_it_copies(tmp_path: Path, backend: Backend, recl
 def test_options_refuse_unknown_words() -> None:
     with pytest.raises(ValueError, match="mode is one of auto, map, io, off, not 'mmap'"):
         LoadOptions(mode="mmap")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="repack is one of auto, on, off, not True"):
+        LoadOptions(repack=True)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="not 'populat'"):
         LoadOptions(hints=frozenset({"populat"}))  # type: ignore[arg-type]
 
@@ -246,6 +248,7 @@ def loaded(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         (["--mmap"], LoadOptions(mode="map")),
         (["--mmap=io"], LoadOptions(mode="io")),
         (["--no-mmap"], LoadOptions(mode="off")),
+        (["--repack", "on"], LoadOptions(repack="on")),
         (["--mlock", "--no-reclaim-mmap-source"], LoadOptions(mlock=True, reclaim=False)),
         (["--mmap-flags", "populate,dontneed"], LoadOptions(hints=frozenset({"populate", "dontneed"}))),
         (["--mmap-flags", ""], LoadOptions()),
@@ -268,6 +271,7 @@ def test_options_of_the_command_line(
     [
         (["--mmap-flags", "all"], "--mmap-flags: hints are sequential, populate, willneed, dontneed, not 'all'"),
         (["--mmap", "--no-mmap"], "not allowed with"),
+        (["--repack", "yes"], "invalid choice: 'yes'"),
         (["--mmap=on"], "ignored explicit argument 'on'"),
     ],
 )

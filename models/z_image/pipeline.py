@@ -504,6 +504,7 @@ class ZImagePipeline:
             with report.phase("decode"):
                 picture = self.decode(x)
             tell("decode", 1, 1)
+            self._check_unchanged()
             if on_image:
                 on_image(i, seed + i, picture)
             images.append(image.to_pil(picture) if output_type == "pil" else picture)
@@ -588,7 +589,7 @@ class ZImagePipeline:
 
     def _check_unchanged(self) -> None:
         for component in self._components():
-            if changed := component.checkpoint.changed():
+            if changed := component.weights.changed():
                 raise LoadError(f"a file of weights changed while it was used: {changed}", kind="WeightsChanged")
         if changed := self.loras.file_changed():
             raise LoadError(f"a LoRA changed while it was used: {changed}", kind="WeightsChanged")
