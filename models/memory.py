@@ -51,6 +51,7 @@ class Report:
     # "decode", "encode_image" -> height and width in latent pixels of the tiles it was done in; else absent
     tiles: dict[str, tuple[int, int]] = field(default_factory=dict)
     loras: list[dict[str, Any]] = field(default_factory=list)  # as models.lora.Loras.report has them
+    residency: Any = None  # a ResidencyReport: what was done about memory
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:

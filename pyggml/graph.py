@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from .backend import Backend, Buffer
@@ -168,6 +169,19 @@ class Graph(Context):
         """Bytes of the compute buffer; 0 before it is allocated."""
         return int(lib.ggml_gallocr_get_buffer_size(self._allocation.ptr, 0)) if self._allocation else 0
 
+    def measure(self) -> tuple[int, int]:
+        """Bytes that the compute buffer has, or would have, and that the processor's backend needs while it computes.
+
+        Nothing is allocated, and weights are not looked at: any address does as their data.
+        """
+        size = ffi.new("size_t *", self.buffer_size)
+        if self._allocation is None:
+            with _Allocation(self.backend) as allocation:
+                lib.ggml_gallocr_reserve_n_size(allocation.ptr, self.graph_ptr, ffi.NULL, ffi.NULL, size)
+        n_threads = self.backend.n_threads
+        work = lib.ggml_graph_plan(self.graph_ptr, n_threads, ffi.NULL).work_size if n_threads else 0
+        return int(size[0]), int(work)
+
     def alloc(self) -> None:
         """Allocate the compute buffer; `compute` does it when it has not been done. OutOfMemory with bytes."""
         _ = self.ptr
@@ -241,15 +255,33 @@ class Graph(Context):
 
     def run(self) -> None:
         """`compute` without copies: inputs as they were set, outputs to be read from their tensors."""
+        self._begin()
+        self._run(lib.pyggml_compute, self.graph_ptr)
+
+    def run_pieces(self, ends: Sequence[int], before: Callable[[int], object]) -> None:
+        """`run` in pieces: nodes up to `ends[0]`, up to `ends[1]`, ... and the rest; before(i) is called before each.
+
+        Results are those of `run` unless a piece ends between operations that ggml fuses. GGMLError when `ends` do not
+        ascend, or leave the graph.
+        """
+        self._begin()
+        n = lib.ggml_graph_n_nodes(self.graph_ptr)
+        edges = [0, *ends, n]
+        if sorted(edges) != edges:
+            raise GGMLError(f"pieces of a graph of {n} nodes cannot end at {list(ends)}")
+        for i, (first, end) in enumerate(pairwise(edges)):
+            before(i)
+            self._run(lib.pyggml_compute_nodes, self.graph_ptr, first, end)
+
+    def _begin(self) -> None:
         self.alloc()
         for ctx in self.uses.values():
             ctx.check_open()
         self._check_rows()
         lib.pyggml_set_flag(self.backend.cancel_flag, 0)
-        self._run(self.graph_ptr)
 
-    def _run(self, graph: Any) -> None:
-        status = lib.pyggml_compute(self.backend.ptr, graph)
+    def _run(self, compute: Any, *args: Any) -> None:
+        status = compute(self.backend.ptr, *args)
         for ctx in self.uses.values():
             for buffer in ctx.buffers:
                 if buffer.check is not None:
@@ -296,7 +328,7 @@ class Graph(Context):
                 if graph == ffi.NULL:
                     raise guard_error("a graph of one node")
                 lib.py_ggml_graph_add_node(graph, node.ptr)
-                yield node, lambda graph=graph: self._run(graph)
+                yield node, lambda graph=graph: self._run(lib.pyggml_compute, graph)
 
     def close(self) -> None:
         """Free the compute buffer and the nodes."""

@@ -1,4 +1,4 @@
-"""The command `pyggml`: generate, inspect, devices. Options are spelled as in stable-diffusion.cpp's sd-cli.
+"""The command `pyggml`: generate, plan, inspect, devices. Options are spelled as in stable-diffusion.cpp's sd-cli.
 
 Exit codes: 0; 2 for bad input or a bad file, with one line `error: ...` on stderr; 1 when we fail; 130 after Ctrl-C.
 Nothing heavy is imported before a command runs.
@@ -31,6 +31,11 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="store_true", help="print versions and exit")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=_Parser)
     _add_generate(commands.add_parser("generate", help="draw a picture", description=_GENERATE, allow_abbrev=False))
+    plan = commands.add_parser("plan", help="say what `generate` would load, and whether it fits into memory",
+                               description=_PLAN, allow_abbrev=False)  # fmt: skip
+    _add_generate(plan)
+    plan.add_argument("--json", action="store_true", help="as JSON")
+    plan.set_defaults(dry_run=True)
     inspect = commands.add_parser("inspect", help="say what checkpoints are, without loading them", allow_abbrev=False)
     inspect.add_argument("files", nargs="+", metavar="FILE", help="a gguf or safetensors file, an index, or a folder")
     inspect.add_argument("--json", action="store_true", help="as a JSON list")
@@ -43,6 +48,10 @@ def make_parser() -> argparse.ArgumentParser:
 
 _GENERATE = """Draw a picture. Without model options the small demo model is used, which knows one or two shapes on a
 background, such as "a large red circle on a blue background"."""
+
+
+_PLAN = """Say what `generate` with the same options would map, copy and convert, what memory each phase takes, and
+whether it fits into what is free. Reads headers only; `generate --dry-run` is the same."""
 
 
 def _add_generate(parser: argparse.ArgumentParser) -> None:
@@ -66,6 +75,8 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
                         "of another kernel: where that was measured to be faster (default), always, never")  # fmt: skip
     models.add_argument("--reclaim-mmap-source", action=argparse.BooleanOptionalAction, default=True,
                         help="give back a mapping's pages that were copied from (default)")  # fmt: skip
+    models.add_argument("--max-ram", type=_size, metavar="SIZE",
+                        help="memory to stay within, such as 6G or 800M, beside what the system allows")  # fmt: skip
     models.add_argument("--compat", choices=("diffusers", "sd.cpp"), default="diffusers",
                         help="whose rules to follow where the two differ (docs/parity.md)")  # fmt: skip
     lora = parser.add_argument_group("LoRA", "<lora:NAME:WEIGHT> in the prompt, or:")
@@ -101,10 +112,24 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     running.add_argument("--vae-tile-size", metavar="XxY", help="of a tile, in latent pixels, 8 to a side (32x32)")
     running.add_argument("--vae-tile-overlap", type=float, metavar="X", help="sd-cli's; our tiles need none")
     running.add_argument("-t", "--threads", type=int, metavar="N", help="physical cores unless given")
+    running.add_argument("--dry-run", action="store_true", help="say what would be loaded and whether it fits, and end")
     running.add_argument("--report", metavar="FILE", help="write seconds, weights and memory as JSON")
     running.add_argument("--find-bad-op", action="store_true", help="name the first operation that is not finite")
     running.add_argument("--disable-image-metadata", action="store_true", help="no `parameters` text in the PNG")
     running.add_argument("-v", "--verbose", action="store_true", help="say what is loaded and done")
+
+
+def _size(text: str) -> int:
+    """Bytes of "6G", "1.5g", "800M": powers of 1024, as container tools count."""
+    units = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+    number, unit = (text[:-1], units.get(text[-1:].upper())) if text[-1:].isalpha() else (text, 1)
+    try:
+        n_bytes = int(float(number) * (unit or 0))
+    except (ValueError, OverflowError):
+        n_bytes = 0
+    if n_bytes < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size such as 6G or 800M")
+    return n_bytes
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -146,11 +171,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    if args.command == "generate" and args.list_devices:
+    if args.command in ("generate", "plan") and args.list_devices:
         from .about import list_devices
 
         return list_devices(as_json=False)
-    if args.command == "generate":
+    if args.command in ("generate", "plan"):
         import faulthandler
 
         if sys.__stderr__ is not None:  # should ggml end the process, the line that called it is printed

@@ -10,7 +10,7 @@ import secrets
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -36,7 +36,7 @@ def generate(args: argparse.Namespace) -> int:
     wanted_loras = loras.find_all(tags, args.lora, args.lora_model_dir)
     outputs = _outputs(args.output, args.batch_count)
     report = Path(args.report) if args.report else None
-    for path in [*outputs, report] if report else outputs:
+    for path in [*outputs, *([report] if report else [])] if args.command == "generate" else []:
         _check_writable(path)
     width, height = _side("width", args.width), _side("height", args.height)
     seed = secrets.randbelow(2**31) if args.seed < 0 else args.seed
@@ -50,15 +50,25 @@ def generate(args: argparse.Namespace) -> int:
     import models
     from models.image import write_png, write_whole
 
+    load: dict[str, Any] = {
+        "backend": backend, "n_threads": args.threads, "options": options, "compat": args.compat,
+        "encoder": args.init_img is not None, "lora_apply_mode": args.lora_apply_mode, "memory_limit": args.max_ram,
+    }  # fmt: skip
+    shape: dict[str, Any] = {
+        "negative_prompt": args.negative_prompt, "width": width, "height": height,
+        "guidance_scale": args.cfg_scale - 1, "method": args.sampling_method,
+        "num_images_per_prompt": args.batch_count,
+    }  # fmt: skip
+    if args.dry_run:
+        _show_plan(args, prompt, files, load, shape, tile if args.vae_tiling else None)
+        return 0
+
     start = time.perf_counter()
     # numpy and the native library are loaded by now; what follows is the models' own time.
     written: list[Path] = []
     with _Bars(args.batch_count) as bars:
         bars("load", 0, 1)
-        pipe = models.load(
-            *files, backend=backend, n_threads=args.threads, options=options, compat=args.compat,
-            encoder=args.init_img is not None, lora_apply_mode=args.lora_apply_mode,
-        )  # fmt: skip
+        pipe = models.load(*files, **load)
         bars("load", 1, 1)
         loaded = time.perf_counter() - start
         before = {"load": loaded}
@@ -80,17 +90,16 @@ def generate(args: argparse.Namespace) -> int:
                 before["lora"] = time.perf_counter() - start - loaded
                 if not args.verbose:  # else the log says it
                     _warn_of_keys(reports)
+            predicted = _predict(pipe, args, prompt, shape).to_dict() if report else None
             result = pipe(
-                prompt, negative_prompt=args.negative_prompt, width=width, height=height,
-                num_inference_steps=args.steps, guidance_scale=args.cfg_scale - 1, sigmas=sigmas,
-                scheduler=args.scheduler, shift=shift, method=args.sampling_method, eta=args.eta, seed=seed,
-                num_images_per_prompt=args.batch_count, rng=args.rng, init_image=args.init_img, strength=strength,
-                output_type="np", progress=bars, on_image=save,
+                prompt, **shape, num_inference_steps=args.steps, sigmas=sigmas, scheduler=args.scheduler, shift=shift,
+                eta=args.eta, seed=seed, rng=args.rng, init_image=args.init_img, strength=strength, output_type="np",
+                progress=bars, on_image=save,
             )  # fmt: skip
     if report:
         data = result.report.to_dict()
         data["seconds"] = {**before, **data["seconds"], "total": time.perf_counter() - start}
-        data |= {"images": [str(path) for path in written], "seeds": result.seeds}
+        data |= {"images": [str(path) for path in written], "seeds": result.seeds, "predicted": predicted}
         write_whole(report, (json.dumps(data, indent=1) + "\n").encode())
     for path in written:
         print(path)
@@ -101,6 +110,29 @@ def _warn_of_keys(reports: Sequence[LoraReport]) -> None:
     for report in reports:
         if report.unknown or report.warnings:
             print("warning: " + "; ".join([report.sentence(), *report.warnings]), file=sys.stderr)
+
+
+def _predict(pipe: Any, args: argparse.Namespace, prompt: str, shape: Mapping[str, Any]) -> Any:
+    from .plan import predict_run
+
+    return predict_run(pipe, prompt, **shape, encode_image=args.init_img is not None)
+
+
+def _show_plan(
+    args: argparse.Namespace, prompt: str, files: Sequence[str], load: Mapping[str, Any], shape: Mapping[str, Any],
+    tile: tuple[int, int] | None,
+) -> None:  # fmt: skip
+    import models
+    from models.prediction import stand_in
+
+    from . import plan
+
+    with models.load(*files, **load, load=stand_in) as pipe:
+        pipe.vae_tile = tile
+        side = [shape[name] or pipe.default_size for name in ("width", "height")]
+        threads = pipe.transformer.backend.n_threads
+        heading = f"{side[0]}x{side[1]}, {threads} thread{'s' * (threads != 1)}"
+        plan.show(pipe, _predict(pipe, args, prompt, shape), heading, getattr(args, "json", False))
 
 
 def _prompt(args: argparse.Namespace) -> str:

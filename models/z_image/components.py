@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -22,6 +23,7 @@ from .transformer import ZImageConfig, ZImageTransformer
 
 Path = str | os.PathLike[str]
 Compat = Literal["diffusers", "sd.cpp"]
+Load = Callable[..., Weights]  # load_params, or what stands in for it
 
 
 @dataclass
@@ -39,7 +41,9 @@ class Component:
         self.checkpoint.close()
 
 
-def open_text_encoder(path: Path, backend: Backend, *, options: LoadOptions | None = None) -> Component:
+def open_text_encoder(
+    path: Path, backend: Backend, *, options: LoadOptions | None = None, load: Load = load_params
+) -> Component:
     """Qwen3, without its last layer. LoadError when the file is broken or is something else."""
     checkpoint = open_checkpoint(path)
     _require(checkpoint, "text encoder", "Qwen3", "--llm")
@@ -47,12 +51,13 @@ def open_text_encoder(path: Path, backend: Backend, *, options: LoadOptions | No
     config = Qwen3Config.from_checkpoint(checkpoint)
     # The hidden state before the last layer is what is read: that layer stays in the file.
     last = rf"^blk\.{config.n_layers - 1}\..*$"
-    return _load(Qwen3(config), checkpoint.renamed([(last, None)]), backend, "qwen3", options)
+    return _load(Qwen3(config), checkpoint.renamed([(last, None)]), backend, "qwen3", options, load)
 
 
 def open_transformer(
-    path: Path, backend: Backend, *, options: LoadOptions | None = None, compat: Compat = "diffusers"
-) -> Component:
+    path: Path, backend: Backend, *, options: LoadOptions | None = None, compat: Compat = "diffusers",
+    load: Load = load_params,
+) -> Component:  # fmt: skip
     """Z-Image's transformer; `compat` decides the epsilon of its q and k norms. LoadError as above."""
     checkpoint = open_checkpoint(path)
     _require(checkpoint, "diffusion model", "Z-Image", "--diffusion-model")
@@ -60,11 +65,11 @@ def open_transformer(
     config = ZImageConfig.from_checkpoint(checkpoint)
     if compat == "sd.cpp":
         config = replace(config, qk_norm_eps=1e-6)
-    return _load(ZImageTransformer(config), checkpoint, backend, "z_image", options)
+    return _load(ZImageTransformer(config), checkpoint, backend, "z_image", options, load)
 
 
 def open_autoencoder(
-    path: Path, backend: Backend, *, options: LoadOptions | None = None, encoder: bool = False
+    path: Path, backend: Backend, *, options: LoadOptions | None = None, encoder: bool = False, load: Load = load_params
 ) -> Component:
     """The Flux autoencoder: its decoder, and its encoder when asked for. LoadError as above."""
     checkpoint = open_checkpoint(path)
@@ -75,7 +80,7 @@ def open_autoencoder(
     config = AutoencoderConfig.from_checkpoint(checkpoint)
     if not encoder:
         checkpoint = checkpoint.renamed([(r"^encoder\..*$", None)])
-    return _load(AutoencoderKL(config, encoder=encoder), checkpoint, backend, "vae", options)
+    return _load(AutoencoderKL(config, encoder=encoder), checkpoint, backend, "vae", options, load)
 
 
 def _require(checkpoint: Checkpoint, role: str, architecture: str, option: str) -> None:
@@ -88,7 +93,7 @@ def _require(checkpoint: Checkpoint, role: str, architecture: str, option: str) 
 
 
 def _load(
-    module: Module, checkpoint: Checkpoint, backend: Backend, component: str, options: LoadOptions | None
-) -> Component:
-    weights = load_params(module.params(), checkpoint, backend=backend, component=component, options=options)
+    module: Module, checkpoint: Checkpoint, backend: Backend, component: str, options: LoadOptions | None, load: Load,
+) -> Component:  # fmt: skip
+    weights = load(module.params(), checkpoint, backend=backend, component=component, options=options)
     return Component(module, weights, checkpoint, backend, options)

@@ -13,7 +13,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial, wraps
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from loader.errors import LoadError
 from loader.lora import LoraReport
 from loader.options import LoadOptions
+from loader.params import load_params
 from pyggml import Backend, Cancelled, Graph, NonFinite
 
 from .. import autoencoder_kl, image, prompt_weights, schedule, sd_cpp_words, tiles
@@ -32,12 +33,14 @@ from ..devices import Module, places
 from ..guidance import guidance_at, z_image_guidance
 from ..lora import MAX_LORAS, ApplyMode, Loras, Naming, Target, check_weight
 from ..memory import Report
+from ..prediction import Phase, all_spans
 from ..qwen3 import Qwen3
+from ..residency import Residency
 from ..rng import RNG, make_rng
 from ..sampler import find_sampler, sample
 from ..tokenizer import TEMPLATE, Tokenizer
 from . import transformer as net
-from .components import Compat, Component, Path, open_autoencoder, open_text_encoder, open_transformer
+from .components import Compat, Component, Load, Path, open_autoencoder, open_text_encoder, open_transformer
 from .transformer import ZImageTransformer
 
 if TYPE_CHECKING:
@@ -104,6 +107,7 @@ class ZImagePipeline:
     def __init__(
         self, text_encoder: Component, transformer: Component, vae: Component, tokenizer: Tokenizer, *,
         compat: Compat = "diffusers", default_size: int = 1024, lora_apply_mode: ApplyMode = "auto",
+        memory_limit: int | None = None,
     ) -> None:  # fmt: skip
         self.text_encoder = text_encoder
         self.transformer = transformer
@@ -127,6 +131,8 @@ class ZImagePipeline:
         self._cancelled = threading.Event()
         self._depth = 0  # of nested calls
         self._step_graphs: OrderedDict[tuple[int, int], Graph] = OrderedDict()
+        self.residency = Residency({c.weights.report.component: c.weights for c in self._components()},
+                                   limit=memory_limit)  # fmt: skip
 
     # -- loading ------------------------------------------------------------------------------------------------------
 
@@ -135,7 +141,8 @@ class ZImagePipeline:
         cls, diffusion_model: Path, llm: Path, vae: Path, *,
         backend: Backend | str | Mapping[Module, Backend] | None = None, n_threads: int | None = None,
         options: LoadOptions | None = None, compat: Compat = "diffusers", tokenizer: Tokenizer | None = None,
-        encoder: bool = False, lora_apply_mode: ApplyMode = "auto",
+        encoder: bool = False, lora_apply_mode: ApplyMode = "auto", memory_limit: int | None = None,
+        load: Load = load_params,
     ) -> ZImagePipeline:  # fmt: skip
         """Load from three files (or diffusers folders). `encoder`: also the half of the autoencoder that img2img needs.
         `lora_apply_mode`: "auto", "at_runtime" or "immediately", see models.lora.
@@ -144,15 +151,21 @@ class ZImagePipeline:
         (models.devices); the processor unless given. Weights stay in the mapped files where the backend can use them
         there, unless `options` say otherwise. LoadError, before any computation, when a file is broken, is not what it
         is given as, or lacks a tensor; OutOfMemory when what must be copied has no room.
+
+        `memory_limit`: bytes that weights and the process's own memory may take, beside what the system allows; see
+        models.residency for what is done when weights do not fit. `load`: models.prediction.stand_in makes a pipeline
+        that only says what it would do, by `phases`.
         """
         if compat not in ("diffusers", "sd.cpp"):
             raise ValueError(f"compat is 'diffusers' or 'sd.cpp', not {compat!r}")
         place = places(backend, n_threads=n_threads)
         opened: list[Component] = []
         try:
-            opened.append(open_text_encoder(llm, place["te"].backend, options=options))
-            opened.append(open_transformer(diffusion_model, place["diffusion"].backend, options=options, compat=compat))
-            opened.append(open_autoencoder(vae, place["vae"].backend, options=options, encoder=encoder))
+            opened.append(open_text_encoder(llm, place["te"].backend, options=options, load=load))
+            opened.append(open_transformer(
+                diffusion_model, place["diffusion"].backend, options=options, compat=compat, load=load
+            ))  # fmt: skip
+            opened.append(open_autoencoder(vae, place["vae"].backend, options=options, encoder=encoder, load=load))
             llm_component, dit, autoencoder = opened
             width = llm_component.module.config.dim
             if dit.module.config.caption_dim != width:
@@ -170,7 +183,7 @@ class ZImagePipeline:
         default_size = int(dit.checkpoint.metadata.get("z_image.default_size", 1024))
         return cls(
             llm_component, dit, autoencoder, tokenizer, compat=compat, default_size=default_size,
-            lora_apply_mode=lora_apply_mode,
+            lora_apply_mode=lora_apply_mode, memory_limit=memory_limit,
         )  # fmt: skip
 
     def close(self) -> None:
@@ -289,13 +302,7 @@ class ZImagePipeline:
         if key in self._prompts:
             self._prompts.move_to_end(key)
             return self._prompts[key]
-        weights: list[float] = []
-        if self.compat == "sd.cpp":
-            before, after = TEMPLATE
-            pieces = [(before, 1.0), *prompt_weights.parse(prompt), (after, 1.0)]
-            ids, weights = self.tokenizer.encode_weighted(pieces)
-        else:
-            ids = self.tokenizer.apply_template(prompt)[:MAX_TOKENS]
+        ids, weights = self._tokens(prompt)
         encoder: Qwen3 = self.text_encoder.module
         compute = partial(self._compute, "the text encoder")
         features = encoder.encode(self.text_encoder.backend, np.array(ids, np.int32), compute)
@@ -306,6 +313,13 @@ class ZImagePipeline:
         while len(self._prompts) > CACHED_PROMPTS:
             self._prompts.popitem(last=False)
         return conditioning
+
+    def _tokens(self, prompt: str) -> tuple[list[int], list[float]]:
+        """Numbers of a prompt's tokens, and with compat="sd.cpp" their weights."""
+        if self.compat != "sd.cpp":
+            return self.tokenizer.apply_template(prompt)[:MAX_TOKENS], []
+        before, after = TEMPLATE
+        return self.tokenizer.encode_weighted([(before, 1.0), *prompt_weights.parse(prompt), (after, 1.0)])
 
     @_cancellable
     def denoise(
@@ -442,7 +456,11 @@ class ZImagePipeline:
             pixels = image.read_image(init_image, width, height)
         self._check_unchanged()
         self._tiles = {}
-        report = Report(components={c.weights.report.component: c.weights.report for c in self._components()})
+        self.residency.begin()
+        report = Report(
+            components={c.weights.report.component: c.weights.report for c in self._components()},
+            residency=self.residency.report,
+        )
         report.loras = self.loras.report()
         tell = progress or (lambda phase, done, total: None)
 
@@ -512,6 +530,44 @@ class ZImagePipeline:
         self._check_unchanged()
         return Result(images, [seed + i for i in range(num_images_per_prompt)], report)
 
+    # -- before anything is computed -----------------------------------------------------------------------------------
+
+    def phases(
+        self, prompt: str, *, negative_prompt: str = "", height: int | None = None, width: int | None = None,
+        guidance_scale: float | None = None, method: str = "euler", num_images_per_prompt: int = 1,
+        encode_image: bool = False,
+    ) -> list[Phase]:  # fmt: skip
+        """The graphs that a call with these arguments computes, in order, measured; for models.prediction.predict."""
+        width = self.default_size if width is None else width
+        height = self.default_size if height is None else height
+        check_size(width, height)
+        guidance = self.default_guidance_scale if guidance_scale is None else guidance_scale
+        guided = self._guided(guidance, find_sampler(method, None).both)
+        spans = all_spans([component.weights for component in self._components()])
+        lengths = [len(self._tokens(text)[0]) for text in ([prompt, negative_prompt] if guided else [prompt])]
+        h, w = height // SIZE_MULTIPLE, width // SIZE_MULTIPLE
+        n_patches = -(-h // net.PATCH) * -(-w // net.PATCH)
+        dit: ZImageTransformer = self.transformer.module
+        vae: AutoencoderKL = self.vae.module
+        found = [Phase.of("text encoder", self.text_encoder.module.graph(self.text_encoder.backend, n), spans, n_rows=n)
+                 for n in lengths]  # fmt: skip
+        pixels = 16 * height * width  # bytes: three floats, and whether each is finite
+        if encode_image:
+            graph = vae.encoder_graph(self.vae.backend, height, width)
+            found.append(Phase.of("image encoder", graph, spans, extra=pixels))
+        found += [Phase.of("caption refiner", dit.context_graph(self.transformer.backend, n), spans) for n in lengths]
+        picture = [
+            Phase.of("steps", dit.step_graph(self.transformer.backend, n_patches, net.padded(n)), spans, stays=True)
+            for n in dict.fromkeys(lengths)
+        ]
+        if self.vae_tile:  # and the widest layers of the whole picture in memory of our own
+            narrow, wide = vae.config.channels[:2]
+            pixels += 4 * (wide + 2 * narrow) * height * width
+            h, w = min(h, self.vae_tile[0]), min(w, self.vae_tile[1])
+        picture.append(Phase.of("decoder", vae.decoder_graph(self.vae.backend, h, w), spans, extra=pixels))
+        again = [replace(phase, buffer=0, stays=False) if phase.stays else phase for phase in picture]
+        return found + picture + (again if num_images_per_prompt > 1 else [])
+
     # -- inside -------------------------------------------------------------------------------------------------------
 
     def _prompt_key(self, prompt: str) -> tuple[object, ...]:
@@ -573,7 +629,7 @@ class ZImagePipeline:
         """Graph.compute; Cancelled when asked to stop, NonFinite naming the stage when a result is not finite."""
         graph.set(**inputs)
         self._check_cancelled()  # right before the backend, which from here on is stopped within one operation
-        graph.run()
+        self.residency.run(graph, stage.partition(" at ")[0])
         self._check_cancelled()
         outputs = {name: tensor.numpy() for name, tensor in graph.outputs.items()}
         for array in outputs.values():

@@ -1,0 +1,121 @@
+"""`pyggml plan` and `generate --dry-run`: what would be loaded, how, and whether it fits; from headers alone."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from models.prediction import Prediction, StandIn
+    from models.z_image.pipeline import ZImagePipeline
+
+_NAMES = {"qwen3": "text encoder", "z_image": "transformer", "vae": "autoencoder"}
+
+
+def predict_run(pipe: ZImagePipeline, prompt: str, **options: Any) -> Prediction:
+    """What pipe(prompt, **options) will take; `pipe` may be one of stand-ins. Options as ZImagePipeline.phases."""
+    from models.memory import Memory
+    from models.prediction import StandIn, predict
+    from models.room import Room, free_memory
+
+    phases = pipe.phases(prompt, **options)
+    weights = [component.weights for component in (pipe.text_encoder, pipe.transformer, pipe.vae)]
+    now, room = Memory.now(), free_memory()
+    there = locked = to_come = 0  # copies that are in memory already; what a load would still lock, and copy
+    for w in weights:
+        if isinstance(w, StandIn):
+            to_come += w.report.allocated_bytes if w.on_host else 0
+            locked += w.report.mapped_bytes if w.report.locked_bytes else 0
+        else:
+            there += sum(buffer.n_bytes for buffer in w.context.buffers if buffer.is_host and not buffer.read_only)
+    return predict(
+        phases, mapped=sum(w.report.mapped_bytes for w in weights if not w.report.locked_bytes),
+        copied=there + to_come, private=now.anonymous - there, from_files=now.file_backed + locked,
+        room=Room(max(0, room.n_bytes + there - locked), room.source), limit=pipe.residency.limit,
+    )  # fmt: skip
+
+
+def show(pipe: ZImagePipeline, prediction: Prediction, heading: str, as_json: bool) -> None:
+    """Print the plan of a pipeline of stand-ins."""
+    from models.prediction import StandIn
+
+    parts = [c for c in (pipe.text_encoder, pipe.transformer, pipe.vae) if isinstance(c.weights, StandIn)]
+    components = [_component(c.weights, c.checkpoint.path) for c in parts if isinstance(c.weights, StandIn)]
+    if as_json:
+        print(json.dumps({"components": components, **prediction.to_dict()}, indent=1, ensure_ascii=False))
+    else:
+        print("\n".join([heading, "", *_components_table(components), "", *_phases_table(prediction)]))
+
+
+def _component(weights: StandIn, path: str) -> dict[str, Any]:
+    plan = weights.plan
+    actions = {action: plan.n_bytes(action) for action in dict.fromkeys(("map", *(p.action for p in plan.placements)))}
+    return {
+        "component": plan.component, "path": path, "tensors": plan.n_tensors(), "bytes": actions,
+        "device": weights.where, "reasons": plan.reasons(),
+    }  # fmt: skip
+
+
+def _components_table(components: Sequence[dict[str, Any]]) -> list[str]:
+    copies = list(dict.fromkeys(action for c in components for action in c["bytes"] if action != "map"))
+    words = {"copy": "copied", "convert": "converted", "repack": "repacked"}
+    rows = [["weights", "file", "tensors", "mapped", *(words.get(action, action) for action in copies), "on"]]
+    for c in components:
+        sizes = [shown(c["bytes"].get(action, 0)) for action in ("map", *copies)]
+        name = _NAMES.get(c["component"], c["component"])
+        rows.append([name, os.path.basename(c["path"]) or c["path"], str(c["tensors"]), *sizes, c["device"]])
+    lines = _aligned(rows, left={0, 1, len(rows[0]) - 1})
+    for c in components:
+        for reason, n in c["reasons"].items():
+            name = _NAMES.get(c["component"], c["component"])
+            lines.append(f"  {name}: {n} tensor{'s' * (n != 1)} not mapped: {reason}")
+    return lines
+
+
+def _phases_table(prediction: Prediction) -> list[str]:
+    rows = [["phase", "weights", "private", "in memory", "", "from the disk"]]
+    peak = max(prediction.phases, key=lambda phase: phase.rss)
+    for phase in prediction.phases:
+        notes = []
+        if phase.given_back:
+            notes.append(f"first gives back {shown(phase.given_back)} of others")
+        if phase.per_pass:
+            notes.append(f"{shown(phase.per_pass)} in each pass, do not fit")
+        mark = "< peak" if phase is peak else ""
+        rows.append([phase.name, shown(phase.weights), shown(phase.private), shown(phase.rss), mark, "; ".join(notes)])
+    if all(not row[5] for row in rows[1:]):
+        rows = [row[:5] for row in rows]
+    return [
+        *_aligned(rows, left={0, 4, 5}), "",
+        f"peak  {shown(prediction.peak_rss)}, of it {shown(prediction.private_peak)} private",
+        f"free  {shown(prediction.room)} ({prediction.room_source}): {verdict(prediction)}",
+    ]  # fmt: skip
+
+
+def verdict(prediction: Prediction) -> str:
+    """Whether it fits, in words."""
+    if not prediction.fits:
+        return "does not fit, what is private alone is too much or leaves no room to read weights through"
+    if any(phase.per_pass for phase in prediction.phases):
+        return "fits, with weights that are read again in each pass"
+    if any(phase.given_back for phase in prediction.phases):
+        return "fits, with one component at a time"
+    return "fits"
+
+
+def shown(n_bytes: int) -> str:
+    """Bytes for people: 4.17 GB, 12.3 MB, -."""
+    if n_bytes >= 1e9:
+        return f"{n_bytes / 1e9:.2f} GB"
+    return f"{n_bytes / 1e6:.1f} MB" if n_bytes else "-"
+
+
+def _aligned(rows: Sequence[Sequence[str]], left: set[int]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        cells = [c.ljust(w) if i in left else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))]
+        lines.append("  ".join(cells).rstrip())
+    return lines
