@@ -33,7 +33,7 @@ from loader.options import LoadOptions
 from loader.params import Param, Weights, load_params
 from pyggml import Backend, Buffer, Context, Graph, Tensor, Type, ops
 
-from .nn import Linear, Module, find
+from .nn import Linear, Module, find, on_cpu
 
 log = logging.getLogger("pyggml.models")
 
@@ -105,28 +105,36 @@ class RuntimeDelta:
     def __call__(self, y: Tensor, x: Tensor) -> Tensor:
         """y + s * delta x. y: ne [n_out, n_tokens], x: ne [n_in, n_tokens]."""
         c = self.change
-        kind = c.delta.kind
-        product = {"lora": self._lora, "loha": self._loha, "lokr": self._lokr, "diff": self._diff}[kind]
-        d = product(x if x.is_contiguous else ops.cont(x))  # ne [delta's n_out, n_tokens]
-        if c.n < d.ne[0]:
-            d = ops.view(d, (c.n, d.ne[1]), (d.nb[1],), c.first * 4)
+        x = x if x.is_contiguous else ops.cont(x)
+        if c.delta.kind in ("lora", "loha"):
+            up, h = (self._lora if c.delta.kind == "lora" else self._loha)(x)
+            if c.n < up.ne[1]:
+                up = ops.view(up, (up.ne[0], c.n), (up.nb[1],), c.first * up.nb[1])
+            if on_cpu(x):
+                return ops.add_low_rank(y, up, h, c.at)
+            d = ops.mul_mat(up, h)
+        else:
+            d = self._lokr(x) if c.delta.kind == "lokr" else self._diff(x)  # ne [delta's n_out, n_tokens]
+            if c.n < d.ne[0]:
+                d = ops.view(d, (c.n, d.ne[1]), (d.nb[1],), c.first * 4)
         if c.n == y.ne[0]:
             return ops.add(y, d)
         return ops.acc(y, d, y.nb[1], y.nb[2], y.nb[3], c.at * 4, inplace=True)
 
-    def _lora(self, x: Tensor) -> Tensor:
-        h = ops.mul_mat(self._factor("down", x), x)  # ne [r, n_tokens]
+    def _lora(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(up, h), whose product it is: ne [r, n_out] and [r, n_tokens]."""
+        h = ops.mul_mat(self._factor("down", x), x)
         if "mid" in self.factors:
             h = ops.mul_mat(self._factor("mid", x), h)
-        return ops.mul_mat(self._factor("up", x), self._scaled(h))
+        return self._factor("up", x), self._scaled(h)
 
-    def _loha(self, x: Tensor) -> Tensor:
+    def _loha(self, x: Tensor) -> tuple[Tensor, Tensor]:
         a, b, c, d = (self._factor(name, x) for name in ("w1_a", "w1_b", "w2_a", "w2_b"))
         (r1, n_out), (n_in, r2) = a.ne[:2], d.ne[:2]
         down = ops.mul(ops.repeat(ops.reshape(b, n_in, 1, r1), (n_in, r2, r1)), d)  # rows of b times rows of d
         up = ops.mul(ops.repeat(ops.reshape(a, 1, r1, n_out), (r2, r1, n_out)), ops.reshape(c, r2, 1, n_out))
-        h = ops.mul_mat(ops.reshape(down, n_in, r2 * r1), x)  # ne [r2 * r1, n_tokens]
-        return ops.mul_mat(ops.reshape(up, r2 * r1, n_out), self._scaled(h))
+        h = ops.mul_mat(ops.reshape(down, n_in, r2 * r1), x)
+        return ops.reshape(up, r2 * r1, n_out), self._scaled(h)
 
     def _lokr(self, x: Tensor) -> Tensor:
         """kron(w1, w2) x: the columns of x, as matrices ne [i2, i1], times w2 from one side and w1 from the other."""

@@ -110,7 +110,7 @@ class RMSNorm(Module):
 
 def linear_gelu(layer: Linear, x: Tensor) -> Tensor:
     """GELU of a layer's result, by the tanh formula: y/2 (1 + tanh(sqrt(2/pi) (y + 0.044715 y^3)))."""
-    if not _on_cpu(x):
+    if not on_cpu(x):
         return ops.gelu(layer(x))
     # ggml's own looks it up in a table of f16 on the processor
     return ops.gelu_f32(layer.product(x), None if layer.bias is None else layer.bias.tensor)
@@ -137,7 +137,7 @@ class GroupNorm(Module):
         self.eps = eps
 
     def __call__(self, x: Tensor, silu: bool = False) -> Tensor:
-        if _on_cpu(x):
+        if on_cpu(x):
             return ops.group_norm_scaled(
                 x, self.weight.tensor, self.bias.tensor, self.N_GROUPS, self.eps, silu=silu
             )
@@ -155,7 +155,7 @@ class ChannelNorm(Module):
     def __call__(self, x: Tensor, silu: bool = False) -> Tensor:
         """x and result: ne [width, height, n_channels]."""
         eps = 1e-24 / x.ne[2]  # the reference divides by the length, but by no less than 1e-12
-        if _on_cpu(x):
+        if on_cpu(x):
             return ops.channel_norm(x, self.gamma.tensor, eps, silu=silu)
         y = ops.rms_norm(ops.cont(ops.permute(x, 1, 2, 0, 3)), eps)  # ne [n_channels, width, height]
         y = ops.mul(ops.cont(ops.permute(y, 2, 0, 1, 3)), _channels(x, self.gamma))
@@ -175,7 +175,7 @@ class Conv2d(Module):
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         w = self.weight.tensor
-        if self.stride == 1 and _on_cpu(x):
+        if self.stride == 1 and on_cpu(x):
             return ops.conv_2d_3x3(w, x, self.bias.tensor, residual)
         pad = 1
         if self.stride == 2:
@@ -207,7 +207,7 @@ class PixelLinear(Module):
         return ops.reshape(ops.cont(ops.transpose(self.tokens(pixels))), width, height, -1)
 
 
-def _on_cpu(x: Tensor) -> bool:
+def on_cpu(x: Tensor) -> bool:
     """True in a graph for the CPU, where our own kernels run."""
     graph = x.ctx
     return isinstance(graph, Graph) and graph.backend.is_cpu
@@ -217,7 +217,7 @@ def _rounds_to_f16(w: Tensor, x: Tensor) -> bool:
     """Whether a product may hold x, or sums of it, in f16. On the processor: with f16 weights, and for q4_1 and q5_1,
     whose kernel takes blocks of x with their sums. Elsewhere nobody promises anything.
     """
-    return not _on_cpu(x) or w.type in (Type.F16, Type.Q4_1, Type.Q5_1)
+    return not on_cpu(x) or w.type in (Type.F16, Type.Q4_1, Type.Q5_1)
 
 
 def graph_use(x: Tensor, weight: Tensor) -> Tensor:
@@ -251,9 +251,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, headr
     `headroom`: where v is rounded to f16, it is divided by this power of two, and the result multiplied.
     """
     head_dim, n_heads, n_tokens, _ = q.ne
-    if mask is None and head_dim % 32 == 0 and _on_cpu(q):
+    if mask is None and head_dim % 32 == 0 and on_cpu(q):
         return ops.reshape(ops.attention(q, k, v, head_dim**-0.5), head_dim * n_heads, n_tokens)
-    guarded = headroom != 1 and not _on_cpu(q)
+    guarded = headroom != 1 and not on_cpu(q)
     if guarded:
         v = ops.scale(v, 1 / headroom)
     q, k, v = (ops.permute(t, 0, 2, 1, 3) for t in (q, k, v))  # ne [head_dim, n_tokens, n_heads]

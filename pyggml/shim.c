@@ -14,6 +14,7 @@
 #include "conv.h"
 #include "gelu.h"
 #include "gemm.h"
+#include "low_rank.h"
 
 #include <math.h>
 #include <setjmp.h>

@@ -359,8 +359,9 @@ def forms() -> dict[str, tuple[Arrays, Arrays]]:
 
 @pytest.mark.parametrize("name", forms())
 def test_every_form_equals_numpy(
-    pipes: dict[tuple[str, str], ZImagePipeline], tmp_path: Path, backend: Backend, name: str
-) -> None:
+    pipes: dict[tuple[str, str], ZImagePipeline], tmp_path: Path, backend: Backend, name: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     tensors, deltas = forms()[name]
     path = write(tmp_path / "x.safetensors", tensors)
     wanted = expected(tmp_path, {key: -1.5 * delta for key, delta in deltas.items()}, backend)
@@ -369,6 +370,11 @@ def test_every_form_equals_numpy(
         after = latents(pipe)
         assert error(after, wanted) < 1e-5, (layout, mode)
         assert error(latents_without(pipe), after) > 1e-4
+    monkeypatch.setattr("models.lora.on_cpu", lambda x: False)  # the operations of other devices
+    pipe = pipes["fused", "at_runtime"]
+    pipe.set_loras([(path, -1.5)])
+    assert error(latents(pipe), wanted) < 1e-5
+    pipe.set_loras({})
 
 
 def latents_without(pipe: ZImagePipeline) -> NDArray[Any]:

@@ -192,6 +192,25 @@ def test_attention(backend: Backend, d: int, n_heads: int, n_kv_heads: int, n_q:
     assert np.isnan(graph.compute(q=q, kv=kv)["y"]).all()
 
 
+@pytest.mark.parametrize(("rank", "n_out", "n_y", "at", "n_tokens"), [
+    (16, 300, 300, 0, 7), (1, 5, 40, 35, 3), (33, 257, 1000, 512, 40), (4, 64, 192, 64, 1), (20, 1100, 1100, 0, 2),
+])  # fmt: skip
+def test_add_low_rank(backend: Backend, rank: int, n_out: int, n_y: int, at: int, n_tokens: int) -> None:
+    up, h = (RNG.standard_normal(shape).astype(np.float32) for shape in ((n_out, rank), (n_tokens, rank)))
+    start = RNG.standard_normal((n_tokens, n_y)).astype(np.float32)
+    graph = Graph(backend, 64)
+    a, b, c = (graph.input(array.shape[::-1], name=name) for name, array in (("y", start), ("up", up), ("h", h)))
+    graph.output(ops.add_low_rank(ops.scale(a, 2.0), b, c, at), name="out")
+    out = graph.compute(y=start, up=up, h=h)["out"].reshape(start.shape)
+    exact = 2 * start.astype(np.float64)
+    exact[:, at : at + n_out] += h.astype(np.float64) @ up.T
+    assert np.abs(out - exact).max() <= 1e-6 * rank * np.abs(exact).max()
+    np.testing.assert_array_equal(out[:, :at], 2 * start[:, :at])
+    np.testing.assert_array_equal(out[:, at + n_out :], 2 * start[:, at + n_out :])
+    with pytest.raises(ShapeError, match="do not go together"):
+        ops.add_low_rank(ops.scale(a, 2.0), b, c, n_y - n_out + 1)
+
+
 def test_wrong_arguments(backend: Backend) -> None:
     graph = Graph(backend, 64)
     x = graph.input((8, 8, 4), name="x")

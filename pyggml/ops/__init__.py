@@ -120,7 +120,7 @@ from .image import (
 )  # fmt: skip
 from .matmul import mul_mat, mul_mat_id, out_prod, solve_tri
 from .norm import group_norm, l2_norm, norm, rms_norm
-from .own import attention, channel_norm, conv_2d_3x3, gelu_f32, group_norm_scaled, mul_mat_fast
+from .own import add_low_rank, attention, channel_norm, conv_2d_3x3, gelu_f32, group_norm_scaled, mul_mat_fast
 from .reduce import argmax, argsort, argsort_top_k, count_equal, cumsum, mean, sum, sum_rows, top_k
 from .sequence import (
     dsv4_hc_comb,
@@ -167,7 +167,8 @@ from .training import (
 
 __all__ = [
     "ALIGN_CORNERS", "ANTIALIAS", "N_TASKS_MAX", "ROPE_IMROPE", "ROPE_MROPE", "ROPE_NEOX", "ROPE_NORMAL",
-    "ROPE_VISION", "abs", "acc", "add", "add_cast", "add_id", "add_rel_pos", "arange", "argmax", "argsort",
+    "ROPE_VISION", "abs", "acc", "add", "add_cast", "add_id", "add_low_rank", "add_rel_pos",
+    "arange", "argmax", "argsort",
     "argsort_top_k", "attention", "cast", "ceil", "channel_norm", "chunk", "clamp", "col2im_1d", "concat", "cont",
     "conv_1d", "conv_1d_dw", "conv_1d_dw_ph", "conv_1d_ph", "conv_2d", "conv_2d_3x3", "conv_2d_direct", "conv_2d_dw",
     "conv_2d_dw_direct", "conv_2d_s1_ph", "conv_2d_sk_p0", "conv_3d", "conv_3d_direct", "conv_transpose_1d",

@@ -123,6 +123,25 @@ def mul_mat_fast(w: Tensor, x: Tensor) -> Tensor | None:
     return Tensor(ptr, graph)
 
 
+def add_low_rank(y: Tensor, up: Tensor, h: Tensor, at: int = 0) -> Tensor:
+    """y with up h added to its features at.., in place: the result is a view of y.
+
+    y: f32 [n_y, n_tokens]; up: f32 [r, n_out]; h: f32 [r, n_tokens]; all contiguous. ShapeError when shapes or types
+    differ from that, or the graph is not the CPU's.
+    """
+    for t in (y, up, h):
+        if t.type is not Type.F32 or not t.is_contiguous or t.n_dims > 2:
+            raise ShapeError(f"add_low_rank: {t!r} is no contiguous f32 matrix")
+    if up.ne[0] != h.ne[0] or h.ne[1] != y.ne[1] or not 0 <= at <= y.ne[0] - up.ne[1]:
+        raise ShapeError(f"add_low_rank: {y!r}, {up!r} and {h!r} at {at} do not go together")
+    graph = graph_of(y, up, h)
+    _check_cpu("add_low_rank", graph)
+    ptr = lib.py_pyggml_add_low_rank(graph.ptr, y.ptr, up.ptr, h.ptr, at)
+    if ptr == ffi.NULL:
+        refuse("add_low_rank", (y, up, h), (at,))
+    return Tensor(ptr, graph)
+
+
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """softmax(scale q kᵀ) v for each head, in f32 and without a mask.
 
