@@ -57,24 +57,33 @@ class Merged:
         """Give each parameter its file's values plus weight * delta for each of its changes.
 
         check(done, total), in bytes, is called after each piece and may raise; the values are then to be had by
-        another write() or by restore(). LoadError when a value does not fit the parameter's type.
+        another write() or by restore(). LoadError when a value does not fit the parameter's type, or when the file
+        changed since it was opened.
         """
         total, done = sum(t.n_bytes for t in self._tensors.values()), 0
         check(0, total)
         for name, param in self.params.items():
-            tensor = self._tensors[name]
-            for at, piece in merged_pieces(self._infos[name], param.ne, tensor.type, changes[name]):
-                lib.ggml_backend_tensor_set(tensor.ptr, ffi.from_buffer(piece), at, piece.nbytes)
-                done += piece.nbytes
+            for n in self._fill(name, changes[name]):
+                done += n
                 check(done, total)
-            param.tensor = tensor
+            param.tensor = self._tensors[name]
+
+    def _fill(self, name: str, changes: Sequence[tuple[Change, float]]) -> Iterable[int]:
+        """Write a tensor; yields bytes."""
+        tensor, info = self._tensors[name], self._infos[name]
+        pieces = merged_pieces(info, self.params[name].ne, tensor.type, changes)
+        if lib.pyggml_is_repacked(tensor.ptr):  # ggml lays out a whole tensor at once
+            pieces = [(0, np.concatenate([piece for _, piece in pieces]))]
+        for at, piece in pieces:
+            lib.ggml_backend_tensor_set(tensor.ptr, ffi.from_buffer(piece), at, piece.nbytes)
+            yield piece.nbytes
+        info.file.check()
 
     def restore(self) -> None:
         """Give what was overwritten its file's values."""
         for name in self._in_place:
-            tensor = self._originals[name]
-            for at, piece in merged_pieces(self._infos[name], self.params[name].ne, tensor.type, ()):
-                lib.ggml_backend_tensor_set(tensor.ptr, ffi.from_buffer(piece), at, piece.nbytes)
+            for _ in self._fill(name, ()):
+                pass
 
     def close(self) -> None:
         """Give the parameters their own tensors, and free the copies."""

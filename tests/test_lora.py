@@ -679,6 +679,43 @@ def test_immediately_requantises_only_what_changes(files: Files, backend: Backen
     assert error(features["immediately"], features["auto"]) < 0.05
 
 
+def test_immediately_into_repacked_weights(files: Files, backend: Backend, tmp_path: Path) -> None:
+    """They are in memory of ours: overwritten, and laid out anew as a whole."""
+    paths = quantised_models(tmp_path, files, Type.Q4_0)
+    options: dict[str, Any] = {"backend": backend, "tokenizer": Tokenizer.from_files(files["llm"].parent)}
+    path = simple(tmp_path / "a.safetensors", "layers.0.self_attn.q_proj")
+    features: dict[str, list[Any]] = {}
+    for repack in ("off", "on"):
+        how = LoadOptions(repack=repack)
+        with models.load(**paths, lora_apply_mode="immediately", options=how, **options) as pipe:
+            if repack == "on" and not pipe.text_encoder.weights.report.n_repacked:
+                pytest.skip("this processor repacks nothing")
+            features[repack] = [pipe.encode(PROMPT).features]
+            pipe.set_loras({path: 1})
+            assert bool(pipe.loras._merged["text_encoder"].n_bytes) == (repack == "off")
+            features[repack].append(pipe.encode(PROMPT).features)
+            pipe.set_loras({})
+            pipe._prompts.clear()
+            np.testing.assert_array_equal(pipe.encode(PROMPT).features, features[repack][0])
+    for plain, repacked in zip(*features.values(), strict=True):
+        assert error(repacked, plain) < 0.02  # the kernels round activations in other ways
+    assert error(features["on"][1], features["on"][0]) > 0.1
+
+
+def test_merging_notices_that_the_weights_changed(halves: Files, backend: Backend, tmp_path: Path) -> None:
+    copy = tmp_path / "x.safetensors"
+    copy.write_bytes(halves["diffusion_model"].read_bytes())
+    path = simple(tmp_path / "a.safetensors", "layers.0.attention.to_v")
+    files = {**halves, "diffusion_model": copy}
+    with models.load(**files, backend=backend, lora_apply_mode="immediately") as pipe:
+        with open(copy, "r+b") as file:
+            file.seek(-4, 2)
+            file.write(b"\1\1\1\1")
+        with pytest.raises(LoadError, match="changed while it was used"):
+            pipe.set_loras({path: 1})
+        assert pipe.loras.active == {}
+
+
 def test_auto_takes_what_needs_no_memory(files: Files, backend: Backend) -> None:
     with models.load(**files, backend=backend) as pipe:
         assert pipe.loras.modes == {"text_encoder": "at_runtime", "transformer": "at_runtime"}  # mapped
