@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from math import lcm
 from types import TracebackType
 from typing import Any, Final
@@ -28,6 +30,8 @@ from .placement import Placement, Plan, device_of, plan_params
 log = logging.getLogger("pyggml.loader")
 
 _MB: Final = 1 << 20
+_N_READERS: Final = 4  # copying waits for page faults and the disk more than for the processor
+_PIECE: Final = 4 * _MB  # what one of them copies at a time
 _BLOCK: Final = {name: (block, n_bytes) for name, block, n_bytes in GGML_TYPES.values()}
 
 Progress = Callable[[int, int], None]
@@ -332,31 +336,46 @@ def _copy(
     todo.sort(key=lambda p: (p.info.file.path, p.info.offset))
     total = sum(p.info.n_bytes for p in todo)
     done = 0
-    for p in todo:
-        tensor, file = tensors[p.name], files[p.info.file]
-        for n in _FILL[p.action](p, file, tensor):
-            done += n
-            if progress:
-                progress(done, total)
-        if reclaim and (p.reading == "io" or (p.action == "repack" and p.reading == "map")):
-            file.advise("dontneed", p.info.offset, p.info.n_bytes)
+    # Whatever happens, no thread writes any more once this is left: the memory may be given back then.
+    with ThreadPoolExecutor(_N_READERS, "pyggml-read") as pool:
+        fill: dict[str, Callable[..., Any]] = {"copy": partial(_copy_tensor, pool), "convert": _convert_tensor}
+        fill["repack"] = _repack_tensor
+        for p in todo:
+            tensor, file = tensors[p.name], files[p.info.file]
+            for n in fill[p.action](p, file, tensor):
+                done += n
+                if progress:
+                    progress(done, total)
+            if reclaim and (p.reading == "io" or (p.action == "repack" and p.reading == "map")):
+                file.advise("dontneed", p.info.offset, p.info.n_bytes)
     return done
 
 
-def _copy_tensor(p: Placement, file: MappedFile, tensor: Tensor) -> Any:
-    """Bytes as they are: straight into host memory, through a bounded buffer into a device's. Yields bytes read."""
-    host = bool(lib.ggml_backend_buffer_is_host(tensor.ptr.buffer))
-    staging = None if host or p.reading == "io" else bytearray(min(STAGING, p.info.n_bytes))
+def _copy_tensor(pool: ThreadPoolExecutor, p: Placement, file: MappedFile, tensor: Tensor) -> Any:
+    """Bytes as they are: by several threads into host memory, else through a bounded buffer. Yields bytes read."""
+    if lib.ggml_backend_buffer_is_host(tensor.ptr.buffer):
+        yield from pool.map(partial(_copy_piece, p, file, tensor), range(0, p.info.n_bytes, _PIECE))
+        return
+    staging = None if p.reading == "io" else bytearray(min(STAGING, p.info.n_bytes))
     for at in range(0, p.info.n_bytes, STAGING):
         n = min(STAGING, p.info.n_bytes - at)
-        if p.reading == "io":
-            lib.ggml_backend_tensor_set(tensor.ptr, ffi.from_buffer(file.view(p.info.offset + at, n)), at, n)
-        elif staging is None:
-            file.read_into(p.info.offset + at, ffi.buffer(ffi.cast("char *", tensor.ptr.data) + at, n))
+        if staging is None:
+            source = ffi.from_buffer(file.view(p.info.offset + at, n))
         else:
             file.read_into(p.info.offset + at, memoryview(staging)[:n])
-            lib.ggml_backend_tensor_set(tensor.ptr, ffi.from_buffer(staging), at, n)
+            source = ffi.from_buffer(staging)
+        lib.ggml_backend_tensor_set(tensor.ptr, source, at, n)
         yield n
+
+
+def _copy_piece(p: Placement, file: MappedFile, tensor: Tensor, at: int) -> int:
+    """One piece, into host memory."""
+    n = min(_PIECE, p.info.n_bytes - at)
+    if p.reading == "io":
+        lib.ggml_backend_tensor_set(tensor.ptr, ffi.from_buffer(file.view(p.info.offset + at, n)), at, n)
+    else:
+        file.read_into(p.info.offset + at, ffi.buffer(ffi.cast("char *", tensor.ptr.data) + at, n))
+    return n
 
 
 def _convert_tensor(p: Placement, file: MappedFile, tensor: Tensor) -> Any:
@@ -399,9 +418,6 @@ def _repack_tensor(p: Placement, file: MappedFile, tensor: Tensor) -> Any:
         view = file.view(p.info.offset, p.info.n_bytes)
         lib.ggml_backend_tensor_set(tensor.ptr, ffi.from_buffer(view), 0, len(view))
     yield p.info.n_bytes
-
-
-_FILL: Final = {"copy": _copy_tensor, "convert": _convert_tensor, "repack": _repack_tensor}
 
 
 def _not_representable(info: TensorInfo, message: str) -> LoadError:

@@ -7,6 +7,7 @@ import logging
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any, get_args
 
@@ -293,3 +294,24 @@ def test_pictures_are_the_same_in_every_mode(backend: Backend) -> None:
             result = pipe("a red circle", num_inference_steps=1, height=64, width=64, output_type="np")
             pictures.add(result.images[0].tobytes())
     assert len(pictures) == 1
+
+
+@pytest.mark.parametrize("mode", ["io", "off"])
+def test_large_tensors_are_copied_whole_and_nothing_goes_on_after_an_end(
+    tmp_path: Path, backend: Backend, mode: Mode
+) -> None:
+    """Several threads copy: none may still write when the memory is given back."""
+    values = np.arange(5 * (1 << 20) + 7, dtype=np.float32)
+    path = save(tmp_path / "x.safetensors", {"a": f32(values)})
+    params = {"a": Param((len(values),))}
+
+    def refuse(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with open_checkpoint(path) as checkpoint:
+        options = LoadOptions(mode=mode)
+        with load_params(params, checkpoint, backend=backend, component="x", options=options) as weights:
+            assert (weights["a"].view() == values).all()
+        with pytest.raises(KeyboardInterrupt):
+            load_params(params, checkpoint, backend=backend, component="x", options=options, progress=refuse)
+    assert not [t for t in threading.enumerate() if t.name.startswith("pyggml-read")]
