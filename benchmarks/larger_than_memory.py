@@ -157,6 +157,10 @@ def main() -> None:
         limit = int(os.path.getsize(path) * args.limit)
         free, limited, rates = [], [], []
         for _ in range(args.rounds):
+            for file in (settings["llm"], settings["vae"], settings["dit"]):
+                with open(file, "rb", buffering=0) as data:
+                    while data.read(1 << 24):
+                        pass
             free.append(run(settings, None))
             rates.append(disk_rate(path))
             drop_caches()

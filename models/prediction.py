@@ -31,7 +31,7 @@ class StandIn(Weights):
     _n_files = 0
 
     def __init__(
-        self, plan: Plan, params: Mapping[str, Param], where: str, *, locked: bool = False, host: bool = True
+        self, plan: Plan, params: Mapping[str, Param], where: str, *, locked: bool = False
     ) -> None:
         context = Context(len(plan.placements))
         spans: dict[int, Span] = {}
@@ -47,7 +47,7 @@ class StandIn(Weights):
             tensor.ptr.data = ffi.cast("void *", address)
             params[p.name].tensor = tensor
         context.buffers.append(Buffer.__new__(Buffer))  # a closed one: whoever would compute is told so
-        self.plan, self.where, self.on_host = plan, where, host
+        self.plan, self.where = plan, where
         self.spans = [] if locked else list(spans.values())
         copied = plan.n_bytes() - plan.n_bytes("map")
         super().__init__(context, (), params, LoadReport(
@@ -69,7 +69,7 @@ def stand_in(
     wanted = {name: (param.ne, param.type, param.optional) for name, param in params.items()}
     options = LoadOptions.from_environment() if options is None else options
     plan = plan_params(wanted, checkpoint, device=device, buffer_type=buffer_type, component=component, options=options)
-    return StandIn(plan, params, device.name, locked=options.mlock, host=buffer_type.is_host)
+    return StandIn(plan, params, device.name, locked=options.mlock)
 
 
 @dataclass(frozen=True)

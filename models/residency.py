@@ -280,6 +280,7 @@ class Residency:
         self._ran: weakref.WeakSet[Graph] = weakref.WeakSet()
         self._current: weakref.ref[Graph] | None = None
         self._stream: Stream | None = None
+        self._plenty_until = 0.0  # seconds: there was room for all weights not long ago
         self._present: set[Range] = set()  # ranges that stay and have been read
         for name, owner in (weights or {}).items():
             self.add(name, owner)
@@ -295,6 +296,7 @@ class Residency:
         """A new report, for a new run."""
         self.report = ResidencyReport(mapped=self.report.mapped)
         self._current = None
+        self._plenty_until = 0.0
 
     def run(self, graph: Graph, stage: str = "a graph") -> None:
         """graph.run(), after a look at the memory there is. Raises what it raises."""
@@ -323,13 +325,18 @@ class Residency:
     def _enter(self, graph: Graph, stage: str) -> None:
         graph.alloc()
         self._current = weakref.ref(graph)
+        now = time.monotonic()
+        if self._plenty_until > now and graph in self._ran:
+            return  # two graphs in turn, as with guidance: a look takes a millisecond
         self._stream = None
         room = self.room(graph)
         if not self._spans or self.report.mapped <= room:
             self._say("room for all weights" if self._spans else "no mapped weights to look after")
             used = [w for w in self._weights if id(w.context) in graph.uses and w not in self._untold]
             self._untold += used
+            self._plenty_until = now + 1.0
             return
+        self._plenty_until = 0.0
         for weights in self._untold:
             self.policy.held |= dict.fromkeys(ranges_of(weights, self._spans))
         self._untold.clear()

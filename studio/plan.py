@@ -21,17 +21,18 @@ def predict_run(pipe: ZImagePipeline, prompt: str, **options: Any) -> Prediction
     from models.room import Room, free_memory
 
     phases = pipe.phases(prompt, **options)
-    weights = [component.weights for component in (pipe.text_encoder, pipe.transformer, pipe.vae)]
+    parts = (pipe.text_encoder, pipe.transformer, pipe.vae)
     now, room = Memory.now(), free_memory()
     there = locked = to_come = 0  # copies that are in memory already; what a load would still lock, and copy
-    for w in weights:
-        if isinstance(w, StandIn):
-            to_come += w.report.allocated_bytes if w.on_host else 0
-            locked += w.report.mapped_bytes if w.report.locked_bytes else 0
-        else:
-            there += sum(buffer.n_bytes for buffer in w.context.buffers if buffer.is_host and not buffer.read_only)
+    for part in parts:
+        report, on_host = part.weights.report, part.backend.is_cpu
+        if isinstance(part.weights, StandIn):
+            to_come += report.allocated_bytes if on_host else 0
+            locked += report.mapped_bytes if report.locked_bytes else 0
+        elif on_host:
+            there += report.allocated_bytes
     return predict(
-        phases, mapped=sum(w.report.mapped_bytes for w in weights if not w.report.locked_bytes),
+        phases, mapped=sum(part.weights.report.mapped_bytes for part in parts if not part.weights.report.locked_bytes),
         copied=there + to_come, private=now.anonymous - there, from_files=now.file_backed + locked,
         room=Room(max(0, room.n_bytes + there - locked), room.source), limit=pipe.residency.limit,
     )  # fmt: skip

@@ -233,6 +233,27 @@ def test_with_room_nothing_is_done(backend: Backend, weights: Weights, monkeypat
 
 
 @linux
+def test_graphs_that_take_turns_do_not_look_each_time(backend: Backend, weights: Weights) -> None:
+    looks = []
+
+    def room() -> Room:
+        looks.append(1)
+        return Room(1 << 40, "a test")
+
+    keeper = Residency({"chain": weights}, room=room)
+    with chain_graph(backend, weights, 0, 2) as first, chain_graph(backend, weights, 0, 3) as second:
+        for graph in (first, second):
+            graph.set(ids=IDS)
+        for _ in range(5):
+            keeper.run(first)
+            keeper.run(second)
+        assert len(looks) == 2
+        keeper._plenty_until = 0.0  # a second later
+        keeper.run(first)
+        assert len(looks) == 3
+
+
+@linux
 def test_a_graph_that_needs_the_room_gets_that_of_the_one_before(backend: Backend, weights: Weights) -> None:
     rooms = [Room(1 << 40, "before"), Room(int(1.4 * LAYERS // 2 * MB * 4 / 3), "a test")]  # of which 3/4 are used
     keeper = Residency({"chain": weights}, room=lambda: rooms[0])
