@@ -141,6 +141,27 @@ def unpack(archive: Path, lock: dict[str, str], cache: Path) -> Path:
     return source / "ggml"
 
 
+def unpack_server(archive: Path, lock: dict[str, str], source: Path) -> None:
+    """The source of ggml's rpc-server, which the archive has outside of ggml's tree, beside the unpacked tree."""
+    inside = lock["path"].removesuffix("/ggml") + "/tools/rpc/rpc-server.cpp"
+    with tarfile.open(archive) as tar:
+        try:
+            member = tar.extractfile(inside)
+        except KeyError:
+            member = None
+        if member is None:
+            raise BuildError(f"{archive} has no {inside}: build without --rpc.")
+        part = source.parent / f"rpc-server.cpp.{os.getpid()}"
+        part.write_bytes(member.read())
+    part.replace(source.parent / "rpc-server.cpp")
+
+
+def server_source(source: Path) -> Path | None:
+    """Where rpc-server.cpp lies for a ggml tree: beside it as we unpack it, or where llama.cpp has it."""
+    places = (source.parent / "rpc-server.cpp", source.parent / "tools" / "rpc" / "rpc-server.cpp")
+    return next((path for path in places if path.exists()), None)
+
+
 def find_tool(name: str) -> str:
     """Path of cmake or ninja: on PATH, or beside this interpreter, where pip puts them; else fetched into the cache."""
     return shutil.which(name) or shutil.which(name, path=sysconfig.get_path("scripts")) or fetch_tool(name)
@@ -357,6 +378,8 @@ def compile_native(options: Options, source: Path, work: Path, compilers: tuple[
         "GGML_BACKEND_DL": "ON" if options.portable else "OFF",
         "GGML_CPU_ALL_VARIANTS": "ON" if options.portable else "OFF",
         "GGML_VULKAN": "ON" if options.vulkan else "OFF",
+        "GGML_RPC": "ON" if options.rpc else "OFF",
+        "RPC_SERVER": server_source(source) or "",
     }  # fmt: skip
     configure = [cmake, "-S", work / "generated", "-B", work / "cmake", "-G", "Ninja"]
     configure += [f"-D{k}={v}" for k, v in switches.items()]
@@ -370,7 +393,7 @@ def install(work: Path, options: Options, key: str, lock: dict[str, str], source
     STAMP.unlink(missing_ok=True)
     fresh = Path(tempfile.mkdtemp(prefix="lib-", dir=PACKAGE))
     for library in sorted((work / "cmake" / "lib").iterdir()):
-        if library.suffix in (".so", ".dylib", ".dll"):
+        if library.suffix in (".so", ".dylib", ".dll") or library.stem == "rpc-server":
             shutil.copy2(library, fresh / library.name)
     for licence in (source.parent / "LICENSE", source / "LICENSE"):
         if licence.exists():
@@ -389,8 +412,6 @@ def build(options: Options) -> str:
     """Build what is missing, in place. Returns a line that says what was done."""
     if sys.version_info < (3, 10):  # noqa: UP036  pip refuses by itself, `python build.py` does not
         raise BuildError(f"pyggml needs Python 3.10 or newer, this is {platform.python_version()}.")
-    if options.rpc:
-        raise BuildError("--rpc is not there yet: build without it.")
     started, lock, cache = time.monotonic(), read_lock(), cache_folder()
     what = f"ggml of {options.ggml_source}" if options.ggml_source else f"ggml {lock['ggml']}"
     compilers = find_compilers()
@@ -408,6 +429,10 @@ def build(options: Options) -> str:
         with only_one(cache):
             if not (source.parent / "complete").exists():
                 source = unpack(fetch_archive(lock, cache), lock, cache)
+    if options.rpc and not server_source(source):
+        if options.ggml_source:
+            raise BuildError(f"--rpc needs tools/rpc/rpc-server.cpp beside {source}, as in llama.cpp's tree.")
+        unpack_server(fetch_archive(lock, cache), lock, source)
     work = cache / "build" / folder
     with only_one(work):
         stamp = work / "key"

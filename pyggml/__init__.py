@@ -9,9 +9,9 @@
 """
 
 from . import ops
-from .backend import Backend, Buffer, BufferType, Device, devices, physical_cores
+from .backend import Backend, Buffer, BufferType, Device, add_rpc_server, devices, physical_cores
 from .context import Context
-from .errors import Cancelled, ClosedError, GGMLError, NonFinite, OutOfMemory, ShapeError
+from .errors import Cancelled, ClosedError, GGMLError, NonFinite, OutOfMemory, ServerLost, ShapeError
 from .graph import Graph, OpTime, summarise
 from .lib import set_log_level
 from .quantize import dequantize, quantize
@@ -22,6 +22,6 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Backend", "Buffer", "BufferType", "Cancelled", "ClosedError", "Context", "Device", "DeviceType", "GGMLError",
-    "Graph", "NonFinite", "Op", "OpTime", "OutOfMemory", "Prec", "ScaleMode", "ShapeError", "Tensor", "Type",
-    "dequantize", "devices", "ops", "physical_cores", "quantize", "set_log_level", "summarise",
+    "Graph", "NonFinite", "Op", "OpTime", "OutOfMemory", "Prec", "ScaleMode", "ServerLost", "ShapeError", "Tensor",
+    "Type", "add_rpc_server", "dequantize", "devices", "ops", "physical_cores", "quantize", "set_log_level", "summarise",
 ]  # fmt: skip

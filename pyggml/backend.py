@@ -7,6 +7,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
+from . import rpc
 from .context import Context
 from .errors import GGMLError, OutOfMemory
 from .handle import Handle
@@ -54,6 +55,12 @@ class BufferType:
         import psutil  # ggml says the total for the processor, and knows no device of its plain buffer type
 
         return int(psutil.virtual_memory().available)
+
+    def check(self) -> None:
+        """ServerLost when such memory is on an RPC server that is gone."""
+        device = lib.ggml_backend_buft_get_device(self.ptr)
+        if device != ffi.NULL:
+            Device(device).check()
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, BufferType) and bool(self.ptr == other.ptr)
@@ -125,6 +132,11 @@ class Device:
             result.append(BufferType(types[len(result)]))
         return result
 
+    def check(self) -> None:
+        """ServerLost when the device is on an RPC server that is gone."""
+        if rpc.any_servers():
+            rpc.check(self.description)
+
     def open(self, n_threads: int | None = None) -> Backend:
         """A backend on this device; `n_threads` is for the processor."""
         return Backend(self, n_threads)
@@ -136,12 +148,40 @@ class Device:
         return hash(self.ptr)
 
     def __repr__(self) -> str:
-        return f"<Device {self.name}: {self.description}>"
+        return f"<Device {self.name}: {rpc.server_of(self.description) or self.description}>"
 
 
 def devices() -> list[Device]:
     """Every device of every backend that this build has."""
     return [Device(lib.ggml_backend_dev_get(i)) for i in range(lib.ggml_backend_dev_count())]
+
+
+def add_rpc_server(endpoint: str) -> list[Device]:
+    """Connect to an rpc-server at host:port; its devices, which `devices()` lists from now on as RPC0, RPC1, ...
+
+    ValueError when it is no host:port, ServerLost when nobody answers, GGMLError when it speaks another protocol or this
+    build has no RPC.
+    """
+    registry = lib.ggml_backend_reg_by_name(b"RPC")
+    if registry == ffi.NULL:
+        raise GGMLError("this build has no RPC: build it with `python build.py --rpc`")
+    found = lib.ggml_backend_reg_get_proc_address(registry, b"ggml_backend_rpc_add_server")
+    address = rpc.relay_to(endpoint)
+    added = ffi.cast("ggml_backend_reg_t(*)(const char *)", found)(address.encode())
+    rpc.check(address)
+    if added == ffi.NULL:
+        raise GGMLError(f"the RPC server at {endpoint} has no devices")
+    lib.ggml_backend_register(added)
+    return [
+        Device(lib.ggml_backend_reg_dev_get(added, i)) for i in range(lib.ggml_backend_reg_dev_count(added))
+    ]
+
+
+def check_server(tensor_ptr: Any) -> None:
+    """ServerLost when the raw tensor's data is on an RPC server that is gone: what was read from there is no data."""
+    if rpc.any_servers():
+        owner = tensor_ptr if tensor_ptr.view_src == ffi.NULL else tensor_ptr.view_src
+        BufferType(lib.ggml_backend_buffer_get_type(owner.buffer)).check()
 
 
 def physical_cores() -> int:
@@ -160,6 +200,7 @@ class Backend(Handle):
 
     def __init__(self, device: Device, n_threads: int | None = None) -> None:
         ptr = lib.ggml_backend_dev_init(device.ptr, ffi.NULL)
+        device.check()
         if ptr == ffi.NULL:
             raise GGMLError(f"{device.name} cannot be opened: {take_log() or 'no reason given'}")
         self.device = device
@@ -277,6 +318,7 @@ class Buffer(Handle):
             for tensor in context.tensors():
                 if tensor.ptr.view_src != ffi.NULL and tensor.ptr.view_src.data == ffi.NULL:
                     tensor.ptr.data = tensor.ptr.buffer = ffi.NULL
+            buffer_type.check()
             raise OutOfMemory(
                 f"{name}: {buffer_type.name} could not allocate {n_bytes} bytes for {len(missing)} tensors, "
                 f"{buffer_type.memory_free} bytes are free; {take_log() or 'no reason given'}"

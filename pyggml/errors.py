@@ -5,6 +5,7 @@
       OutOfMemory(MemoryError)      an allocation failed; names bytes asked and bytes free
       ClosedError(ValueError)       a handle was used after close()
       Cancelled                     a computation was stopped by cancel() or Ctrl-C
+      ServerLost(ConnectionError)   an RPC server cannot be reached, or went away
       NonFinite(ArithmeticError)    a result holds NaN or infinity, or a picture is constant
 """
 
@@ -29,6 +30,10 @@ class ClosedError(GGMLError, ValueError):
 
 class Cancelled(GGMLError):
     """A computation was stopped before its end because somebody asked for it."""
+
+
+class ServerLost(GGMLError, ConnectionError):
+    """An RPC server cannot be reached, or went away with what it had; the message names it."""
 
 
 class NonFinite(GGMLError, ArithmeticError):

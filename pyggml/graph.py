@@ -198,6 +198,7 @@ class Graph(Context):
             free = self.backend.device.memory[0]
             n = lib.ggml_graph_n_nodes(self.graph_ptr)
             allocation.close()
+            self.backend.device.check()
             raise OutOfMemory(
                 f"no memory for a graph of {n} nodes on {self.backend.device.name}; "
                 f"{free} bytes are free. {take_log()}".strip()
@@ -289,6 +290,7 @@ class Graph(Context):
         self._check(status)
 
     def _check(self, status: int) -> None:
+        self.backend.device.check()
         if status == Status.SUCCESS:
             return
         if status == Status.ABORTED:

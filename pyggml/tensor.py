@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from . import quantize
+from .backend import check_server
 from .context import Context, ne_of
 from .errors import GGMLError, ShapeError
 from .lib import ffi, lib
@@ -133,6 +134,7 @@ class Tensor:
         raw = quantize.to_bytes(array, self.type, self.ne[0])
         if raw.nbytes:
             lib.ggml_backend_tensor_set(ptr, ffi.from_buffer(raw), 0, raw.nbytes)
+            check_server(ptr)
 
     def _readable(self) -> Any:
         ptr = self._data()
@@ -147,6 +149,7 @@ class Tensor:
         raw = np.empty(self.n_bytes, np.uint8)
         if raw.nbytes:
             lib.ggml_backend_tensor_get(ptr, ffi.from_buffer(raw), 0, raw.nbytes)
+            check_server(ptr)
         dtype = np.dtype(np.uint16) if type_ is Type.BF16 else type_.dtype
         if dtype is not None:
             strided = np.ndarray(ne[::-1], dtype, buffer=raw if raw.nbytes else bytes(1), strides=nb[::-1])
@@ -192,6 +195,7 @@ class Tensor:
         data = bytearray(self.n_bytes)
         if data:
             lib.ggml_backend_tensor_get(ptr, ffi.from_buffer(data), 0, len(data))
+            check_server(ptr)
         return bytes(data)
 
     def item(self) -> float:

@@ -141,11 +141,6 @@ def test_an_old_python_is_said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     assert message(capsys) == "error: pyggml needs Python 3.10 or newer, this is 3.9.2.\n"
 
 
-def test_what_is_not_there_yet_is_said(capsys: pytest.CaptureFixture[str]) -> None:
-    assert build.main(["--rpc"]) == 2
-    assert "not there yet" in message(capsys)
-
-
 @pytest.fixture
 def sdk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A Vulkan SDK that has all that is looked for, and a compiler that sees no headers but its own."""
