@@ -15,6 +15,7 @@ from typing import Any, Final
 import numpy as np
 
 from pyggml import Backend, Buffer, BufferType, Context, Device, GGMLError, Tensor, Type
+from pyggml.backend import check_server
 from pyggml.lib import ffi, lib
 from pyggml.types import BufferUsage, DeviceType
 
@@ -365,6 +366,7 @@ def _copy_tensor(pool: ThreadPoolExecutor, p: Placement, file: MappedFile, tenso
             file.read_into(p.info.offset + at, memoryview(staging)[:n])
             source = ffi.from_buffer(staging)
         lib.ggml_backend_tensor_set(tensor.ptr, source, at, n)
+        check_server(tensor.ptr)
         yield n
 
 
@@ -405,6 +407,7 @@ def _convert_tensor(p: Placement, file: MappedFile, tensor: Tensor) -> Any:
         lib.ggml_backend_tensor_set(
             tensor.ptr, ffi.from_buffer(out), first // p.type.block_size * p.type.type_size, out.nbytes
         )
+        check_server(tensor.ptr)
         yield n_bytes
 
 

@@ -3,6 +3,7 @@
     vulkan0                                one device for all
     te=cpu,diffusion=vulkan0,vae=cpu       a device for each module; `clip` and `llm` are other names of `te`
     *=cpu,diffusion=vulkan0                `*` stands for the modules that are not named
+    diffusion=rpc0&rpc1                    several devices for a module: each gets a share of its layers
 
 Devices are named as `pyggml devices` lists them, upper and lower case alike. `auto` is the first GPU, else the
 processor.
@@ -14,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from pyggml import Backend, Device, GGMLError, devices
+from pyggml import Backend, Device, GGMLError, SplitBackend, devices
 from pyggml.types import DeviceType
 
 Module = Literal["te", "diffusion", "vae"]
@@ -48,8 +49,6 @@ def parse(text: str, option: str = "backend") -> dict[Module, str]:
             key, value = "*", key
         if not value or not key:
             raise ValueError(f"{option} {text!r}: {part!r} is no name and no MODULE=NAME")
-        if "&" in value:
-            raise ValueError(f"{option} {text!r}: one module computes on one device, {value!r} are several")
         if key == "*":
             if everywhere is not None:
                 raise ValueError(f"{option} {text!r}: all modules are given twice, as {everywhere!r} and {value!r}")
@@ -65,12 +64,23 @@ def parse(text: str, option: str = "backend") -> dict[Module, str]:
     return named
 
 
+def find_devices(name: str, option: str = "backend") -> tuple[Device, ...]:
+    """The devices of a name, or of several with & between them, as `find_device`; each is named once."""
+    found = tuple(find_device(part.strip(), option) for part in name.split("&"))
+    if len(set(found)) < len(found):
+        raise ValueError(f"{option}: {name!r} names a device twice")
+    return found
+
+
 def find_device(name: str, option: str = "backend") -> Device:
-    """The device of that name; `auto` is the first GPU, else the processor. ValueError naming those that there are."""
+    """The device of that name; `auto` is this machine's first GPU, else its processor.
+
+    ValueError naming those that there are.
+    """
     found = devices()
     if name.lower() == "auto":
         kinds = (DeviceType.GPU, DeviceType.IGPU, DeviceType.CPU)
-        return min((d for d in found if d.type in kinds), key=lambda d: kinds.index(d.type))
+        return min((d for d in found if d.type in kinds and not d.is_remote), key=lambda d: kinds.index(d.type))
     try:
         return Device.by_name(name)
     except GGMLError as error:
@@ -97,22 +107,27 @@ def places(
         if missing := [module for module in MODULES if module not in given]:
             raise ValueError(f"backend: none is given for {', '.join(missing)}")
     named = {} if given else parse("cpu" if backend is None else str(backend))
-    chosen = {m: given[m].device if given else find_device(named.get(m, "auto")) for m in MODULES}
+    chosen = {m: (given[m].device,) if given else find_devices(named.get(m, "auto")) for m in MODULES}
     rest = {m: _rest(rests.get(m, "auto"), m, device) for m, device in chosen.items()}  # before anything is opened
-    opened = {device: device.open(n_threads) for device in ({} if given else dict.fromkeys(chosen.values()))}
+    each = {} if given else dict.fromkeys(device for several in chosen.values() for device in several)
+    single = {device: device.open(n_threads) for device in each}
+    opened: dict[tuple[Device, ...], Backend] = {}
+    for several in {} if given else dict.fromkeys(chosen.values()):
+        parts = [single[device] for device in several]
+        opened[several] = SplitBackend(parts) if len(parts) > 1 else parts[0]
     return {m: Place(given[m] if given else opened[chosen[m]], rest[m]) for m in MODULES}
 
 
-def _rest(name: str, module: Module, device: Device) -> Rest:
+def _rest(name: str, module: Module, computing: tuple[Device, ...]) -> Rest:
     if name.lower() == "auto":
         return "device"
     if name.lower() == "disk":
         return "disk"
     if name.lower() == "cpu":
         return "cpu"
-    if find_device(name, "params_backend") != device:
+    if find_devices(name, "params_backend") != computing:
         raise ValueError(
-            f"params_backend: {module} computes on {device.name}, so its parameters rest there, on cpu or on disk, "
-            f"not on {name}"
+            f"params_backend: {module} computes on {'&'.join(d.name for d in computing)}, so its parameters rest "
+            f"there, on cpu or on disk, not on {name}"
         )
     return "device"

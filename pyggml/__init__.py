@@ -9,7 +9,7 @@
 """
 
 from . import ops
-from .backend import Backend, Buffer, BufferType, Device, add_rpc_server, devices, physical_cores
+from .backend import Backend, Buffer, BufferType, Device, SplitBackend, add_rpc_server, devices, physical_cores
 from .context import Context
 from .errors import Cancelled, ClosedError, GGMLError, NonFinite, OutOfMemory, ServerLost, ShapeError
 from .graph import Graph, OpTime, summarise
@@ -22,6 +22,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Backend", "Buffer", "BufferType", "Cancelled", "ClosedError", "Context", "Device", "DeviceType", "GGMLError",
-    "Graph", "NonFinite", "Op", "OpTime", "OutOfMemory", "Prec", "ScaleMode", "ServerLost", "ShapeError", "Tensor",
-    "Type", "add_rpc_server", "dequantize", "devices", "ops", "physical_cores", "quantize", "set_log_level", "summarise",
+    "Graph", "NonFinite", "Op", "OpTime", "OutOfMemory", "Prec", "ScaleMode", "ServerLost", "ShapeError",
+    "SplitBackend", "Tensor", "Type", "add_rpc_server", "dequantize", "devices", "ops", "physical_cores", "quantize",
+    "set_log_level", "summarise",
 ]  # fmt: skip

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from . import rpc
@@ -94,7 +94,9 @@ class Device:
 
     @property
     def description(self) -> str:
-        return _text(lib.ggml_backend_dev_description(self.ptr))
+        """What it is; host:port of a device on an RPC server."""
+        text = _text(lib.ggml_backend_dev_description(self.ptr))
+        return rpc.server_of(text) or text
 
     @property
     def type(self) -> Any:
@@ -132,10 +134,15 @@ class Device:
             result.append(BufferType(types[len(result)]))
         return result
 
+    @property
+    def is_remote(self) -> bool:
+        """True when it is on an RPC server."""
+        return bool(rpc.server_of(_text(lib.ggml_backend_dev_description(self.ptr))))
+
     def check(self) -> None:
         """ServerLost when the device is on an RPC server that is gone."""
         if rpc.any_servers():
-            rpc.check(self.description)
+            rpc.check(_text(lib.ggml_backend_dev_description(self.ptr)))
 
     def open(self, n_threads: int | None = None) -> Backend:
         """A backend on this device; `n_threads` is for the processor."""
@@ -148,7 +155,7 @@ class Device:
         return hash(self.ptr)
 
     def __repr__(self) -> str:
-        return f"<Device {self.name}: {rpc.server_of(self.description) or self.description}>"
+        return f"<Device {self.name}: {self.description}>"
 
 
 def devices() -> list[Device]:
@@ -159,8 +166,8 @@ def devices() -> list[Device]:
 def add_rpc_server(endpoint: str) -> list[Device]:
     """Connect to an rpc-server at host:port; its devices, which `devices()` lists from now on as RPC0, RPC1, ...
 
-    ValueError when it is no host:port, ServerLost when nobody answers, GGMLError when it speaks another protocol or this
-    build has no RPC.
+    ValueError when it is no host:port, ServerLost when nobody answers, GGMLError when it speaks another protocol or
+    this build has no RPC.
     """
     registry = lib.ggml_backend_reg_by_name(b"RPC")
     if registry == ffi.NULL:
@@ -172,9 +179,7 @@ def add_rpc_server(endpoint: str) -> list[Device]:
     if added == ffi.NULL:
         raise GGMLError(f"the RPC server at {endpoint} has no devices")
     lib.ggml_backend_register(added)
-    return [
-        Device(lib.ggml_backend_reg_dev_get(added, i)) for i in range(lib.ggml_backend_reg_dev_count(added))
-    ]
+    return [Device(lib.ggml_backend_reg_dev_get(added, i)) for i in range(lib.ggml_backend_reg_dev_count(added))]
 
 
 def check_server(tensor_ptr: Any) -> None:
@@ -244,6 +249,10 @@ class Backend(Handle):
         """
         lib.pyggml_set_flag(self.cancel_flag, 1)
 
+    def check(self) -> None:
+        """ServerLost when it computes on an RPC server that is gone."""
+        self.device.check()
+
     @property
     def is_cpu(self) -> bool:
         return self.n_threads > 0
@@ -258,6 +267,40 @@ class Backend(Handle):
 
     def __repr__(self) -> str:
         return f"<Backend {self.device.name}{' closed' if self.closed else f', {self.n_threads} threads'}>"
+
+
+class SplitBackend(Backend):
+    """Several backends that compute one graph: each operation runs where its weights are, by ggml's scheduler.
+
+    What has no weights goes with its neighbours; the last one, `fallback`, is the processor, where inputs rest. It
+    owns `fallback`, not the others.
+    """
+
+    def __init__(self, parts: Sequence[Backend]) -> None:
+        self.parts = tuple(parts)
+        self.fallback = Backend.cpu(1)
+        self.ptr = parts[0].ptr
+        self.device = parts[0].device
+        self.n_threads = 0
+        self.can_cancel = False
+        self.cancel_flag = ffi.new("int *", 0)
+
+    @property
+    def name(self) -> str:
+        return "&".join(part.name for part in self.parts)
+
+    def close(self) -> None:
+        """Close the fallback; the parts are their owner's."""
+        self.__dict__.pop("ptr", None)
+        self.fallback.close()
+
+    def check(self) -> None:
+        """ServerLost when one of the parts is on an RPC server that is gone."""
+        for part in self.parts:
+            part.check()
+
+    def __repr__(self) -> str:
+        return f"<SplitBackend {'&'.join(part.device.name for part in self.parts)}>"
 
 
 def lib_of(name: str) -> Any:

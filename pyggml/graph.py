@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from .backend import Backend, Buffer
+from .backend import Backend, Buffer, SplitBackend
 from .context import Context
 from .errors import Cancelled, GGMLError, OutOfMemory, ShapeError
 from .handle import Handle
@@ -37,6 +37,33 @@ class _Allocation(Handle):
         ptr = lib.ggml_gallocr_new(backend.buffer_type.ptr)
         self._own(ptr, lib.ggml_gallocr_free, ptr)
 
+    def alloc(self, graph: Any) -> bool:
+        return bool(lib.ggml_gallocr_alloc_graph(self.ptr, graph))
+
+    @property
+    def n_bytes(self) -> int:
+        return int(lib.ggml_gallocr_get_buffer_size(self.ptr, 0))
+
+
+class _Schedule(Handle):
+    """ggml's scheduler: the compute buffers of several backends, and who computes which node."""
+
+    def __init__(self, backend: SplitBackend, n_nodes: int) -> None:
+        self.backends = (*backend.parts, backend.fallback)
+        pointers = ffi.new("ggml_backend_t[]", [b.ptr for b in self.backends])
+        ptr = lib.ggml_backend_sched_new(pointers, ffi.NULL, len(self.backends), n_nodes, False, False)
+        self._own(ptr, lib.ggml_backend_sched_free, ptr)
+
+    def alloc(self, graph: Any) -> bool:
+        return bool(lib.ggml_backend_sched_alloc_graph(self.ptr, graph))
+
+    def compute(self, graph: Any) -> int:
+        return int(lib.ggml_backend_sched_graph_compute(self.ptr, graph))
+
+    @property
+    def n_bytes(self) -> int:
+        return sum(int(lib.ggml_backend_sched_get_buffer_size(self.ptr, b.ptr)) for b in self.backends)
+
 
 class Graph(Context):
     """Nodes, their graph and their compute buffer, for one backend.
@@ -60,7 +87,7 @@ class Graph(Context):
         self.held: list[object] = []  # what C code of custom operations points to
         self.inputs: dict[str, Tensor] = {}
         self.outputs: dict[str, Tensor] = {}
-        self._allocation: _Allocation | None = None
+        self._allocation: _Allocation | _Schedule | None = None
 
     # -- building -----------------------------------------------------------------------------------------------------
 
@@ -167,7 +194,7 @@ class Graph(Context):
     @property
     def buffer_size(self) -> int:
         """Bytes of the compute buffer; 0 before it is allocated."""
-        return int(lib.ggml_gallocr_get_buffer_size(self._allocation.ptr, 0)) if self._allocation else 0
+        return self._allocation.n_bytes if self._allocation else 0
 
     def measure(self) -> tuple[int, int]:
         """Bytes that the compute buffer has, or would have, and that the processor's backend needs while it computes.
@@ -193,12 +220,16 @@ class Graph(Context):
             ctx.check_open()
         # Inputs that no output depends on have no place in ggml's graph, and so no memory: say so now.
         self._check_nodes()
-        allocation = _Allocation(self.backend)
-        if not lib.ggml_gallocr_alloc_graph(allocation.ptr, self.graph_ptr):
+        allocation: _Allocation | _Schedule
+        if isinstance(self.backend, SplitBackend):
+            allocation = _Schedule(self.backend, 2 * self.n_nodes)
+        else:
+            allocation = _Allocation(self.backend)
+        if not allocation.alloc(self.graph_ptr):
             free = self.backend.device.memory[0]
             n = lib.ggml_graph_n_nodes(self.graph_ptr)
             allocation.close()
-            self.backend.device.check()
+            self.backend.check()
             raise OutOfMemory(
                 f"no memory for a graph of {n} nodes on {self.backend.device.name}; "
                 f"{free} bytes are free. {take_log()}".strip()
@@ -257,7 +288,11 @@ class Graph(Context):
     def run(self) -> None:
         """`compute` without copies: inputs as they were set, outputs to be read from their tensors."""
         self._begin()
-        self._run(lib.pyggml_compute, self.graph_ptr)
+        schedule = self._allocation
+        if isinstance(schedule, _Schedule):
+            self._run(lambda _, graph: schedule.compute(graph), self.graph_ptr)
+        else:
+            self._run(lib.pyggml_compute, self.graph_ptr)
 
     def run_pieces(self, ends: Sequence[int], before: Callable[[int], object]) -> None:
         """`run` in pieces: nodes up to `ends[0]`, up to `ends[1]`, ... and the rest; before(i) is called before each.
@@ -265,6 +300,8 @@ class Graph(Context):
         Results are those of `run` unless a piece ends between operations that ggml fuses. GGMLError when `ends` do not
         ascend, or leave the graph.
         """
+        if isinstance(self.backend, SplitBackend):
+            raise GGMLError(f"{self.backend!r} computes whole graphs, no pieces")
         self._begin()
         n = lib.ggml_graph_n_nodes(self.graph_ptr)
         edges = [0, *ends, n]
@@ -290,7 +327,7 @@ class Graph(Context):
         self._check(status)
 
     def _check(self, status: int) -> None:
-        self.backend.device.check()
+        self.backend.check()
         if status == Status.SUCCESS:
             return
         if status == Status.ABORTED:
@@ -318,6 +355,8 @@ class Graph(Context):
         return times
 
     def _single_nodes(self) -> Any:
+        if isinstance(self.backend, SplitBackend):
+            raise GGMLError(f"{self.backend!r} computes whole graphs, no single nodes")
         self.alloc()
         for ctx in self.uses.values():
             ctx.check_open()

@@ -2,8 +2,8 @@
 
 ggml's client ends the process when a connection breaks, in a thread of its own, while other threads wait for it without
 a limit. So it is given a connection that does not break: a relay in this process, which passes everything on to the
-server, and once that is gone answers in its place, with zeros of the right length. What is computed then is thrown away:
-whoever looks at a result, or moves data, asks `check`, and gets ServerLost.
+server, and once that is gone answers in its place, with zeros of the right length. What is computed then is thrown
+away: whoever looks at a result, or moves data, asks `check`, and gets ServerLost.
 """
 
 from __future__ import annotations

@@ -29,6 +29,23 @@ def show_files(paths: Sequence[str], as_json: bool) -> int:
     return 0
 
 
+def run_rpc_server(arguments: Sequence[str]) -> int:
+    """Become ggml's rpc-server, with its own options. ValueError when this build has none."""
+    import os
+    import subprocess
+    import sys
+
+    from pyggml.lib import FOLDER
+
+    program = FOLDER / ("rpc-server.exe" if sys.platform == "win32" else "rpc-server")
+    if not program.exists():
+        raise ValueError("this build has no rpc-server: build it with `python build.py --rpc`")
+    if sys.platform == "win32":
+        return subprocess.run([program, *arguments], check=False).returncode
+    sys.stdout.flush()
+    os.execv(program, ["rpc-server", *arguments])
+
+
 def list_devices(as_json: bool) -> int:
     """Print name, description and memory of each device; name and description as sd-cli's --list-devices."""
     from pyggml import devices

@@ -15,6 +15,7 @@ from functools import partial
 from typing import NoReturn
 
 BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
+RPC_SERVER = "rpc-server"
 
 
 class _Parser(argparse.ArgumentParser):
@@ -40,6 +41,7 @@ def make_parser() -> argparse.ArgumentParser:
     inspect.add_argument("files", nargs="+", metavar="FILE", help="a gguf or safetensors file, an index, or a folder")
     inspect.add_argument("--json", action="store_true", help="as a JSON list")
     inspect.add_argument("-v", "--verbose", action="store_true", help="a traceback when something fails")
+    commands.add_parser(RPC_SERVER, help="let others compute here; its options are those of ggml's rpc-server")
     devices = commands.add_parser("devices", help="list what this build can compute on", allow_abbrev=False)
     devices.add_argument("--json", action="store_true", help="as a JSON list")
     devices.add_argument("-v", "--verbose", action="store_true", help="a traceback when something fails")
@@ -102,7 +104,9 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     steps.add_argument("--eta", type=float, metavar="X", help="noise put back by ancestral methods")
     steps.add_argument("--rng", choices=("cpu", "cuda"), help="cpu draws noise as torch on CPU, cuda as on CUDA")
     where = parser.add_argument_group("devices (docs/devices.md)")
-    where.add_argument("--backend", default="auto", metavar="NAME|MODULE=NAME,...",
+    where.add_argument("--rpc-servers", metavar="HOST:PORT,...",
+                       help="machines that run rpc-server; without --backend the model is split over them")  # fmt: skip
+    where.add_argument("--backend", metavar="NAME|MODULE=NAME,...",
                        help="what computes te, diffusion and vae, a name of --list-devices")  # fmt: skip
     where.add_argument("--clip-on-cpu", action="store_true", help="te=cpu")
     where.add_argument("--vae-on-cpu", action="store_true", help="vae=cpu")
@@ -135,7 +139,8 @@ def _size(text: str) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code."""
     parser = make_parser()
-    args = parser.parse_args(argv)
+    argv = sys.argv[1:] if argv is None else argv
+    args = parser.parse_args(argv[:1] if list(argv[:1]) == [RPC_SERVER] else argv)
     if args.version:
         from .about import versions
 
@@ -144,13 +149,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.command is None:
         parser.print_help()
         return 0
-    if args.verbose:
+    if getattr(args, "verbose", False):
         _log_to_stderr()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # file names may be no UTF-8
             stream.reconfigure(errors="backslashreplace")
     try:
-        code = _run(args)
+        code = _run(args) if args.command != RPC_SERVER else _run_server(argv[1:])
         sys.stdout.flush()
         return code
     except KeyboardInterrupt:
@@ -161,13 +166,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
     except Exception as error:
-        if args.verbose:
+        if getattr(args, "verbose", False):
             import traceback
 
             traceback.print_exc()
         code, text = _explain(error)
         print(f"error: {text}", file=sys.stderr)
         return code
+
+
+def _run_server(arguments: Sequence[str]) -> int:
+    from .about import run_rpc_server
+
+    return run_rpc_server(arguments)
 
 
 def _run(args: argparse.Namespace) -> int:

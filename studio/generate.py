@@ -19,6 +19,7 @@ from . import loras
 
 if TYPE_CHECKING:
     from loader.lora import LoraReport
+    from pyggml import Device
 
 DEMO = Path(__file__).parent / "demo"
 DEMO_FILES = ("z_image_demo.gguf", "qwen3_demo.gguf", "ae_demo.safetensors")
@@ -195,16 +196,27 @@ def _load_options(args: argparse.Namespace) -> Any:
 
 def _backend(args: argparse.Namespace) -> str:
     """--backend with --clip-on-cpu and --vae-on-cpu, checked."""
-    from models.devices import MODULES, find_device, parse
+    from models.devices import MODULES, find_devices, parse
 
-    named = parse(args.backend, "--backend")
+    servers = [device.name for device in _add_servers(args)]
+    named = parse(args.backend or "&".join(servers) or "auto", "--backend")
     if args.clip_on_cpu:
         named["te"] = "cpu"
     if args.vae_on_cpu:
         named["vae"] = "cpu"
     for name in named.values():
-        find_device(name, "--backend")
+        find_devices(name, "--backend")
     return ",".join(f"{module}={named.get(module, 'auto')}" for module in MODULES)
+
+
+def _add_servers(args: argparse.Namespace) -> list[Device]:
+    """The devices of --rpc-servers, which `devices()` lists from now on."""
+    from pyggml import add_rpc_server
+
+    endpoints = [part.strip() for part in args.rpc_servers.split(",")] if args.rpc_servers else []
+    if len(set(endpoints)) < len(endpoints):
+        raise ValueError(f"--rpc-servers {args.rpc_servers}: a server is named twice")
+    return [device for endpoint in endpoints for device in add_rpc_server(endpoint)]
 
 
 def _check_writable(path: Path) -> None:

@@ -72,6 +72,27 @@ def test_only_the_source_and_its_licence_are_unpacked(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
+def test_the_source_of_the_rpc_server_is_found(tmp_path: Path) -> None:
+    lock = make_lock(tmp_path, GOOD | {"thing-1.0/vendor/tools/rpc/rpc-server.cpp": b"// server"})
+    archive = build.fetch_archive(lock, tmp_path)
+    source = build.unpack(archive, lock, tmp_path)
+    assert build.server_source(source) is None
+    build.unpack_server(archive, lock, source)
+    found = build.server_source(source)
+    assert found is not None and found.read_text() == "// server"
+    llama_cpp = tmp_path / "llama.cpp"
+    (llama_cpp / "tools" / "rpc").mkdir(parents=True)
+    (llama_cpp / "tools" / "rpc" / "rpc-server.cpp").write_text("// theirs")
+    assert build.server_source(llama_cpp / "ggml") == llama_cpp / "tools" / "rpc" / "rpc-server.cpp"
+
+
+def test_an_archive_without_the_rpc_server_is_said(tmp_path: Path) -> None:
+    lock = make_lock(tmp_path, GOOD)
+    archive = build.fetch_archive(lock, tmp_path)
+    with pytest.raises(build.BuildError, match=r"has no thing-1\.0/vendor/tools/rpc/rpc-server\.cpp: build without"):
+        build.unpack_server(archive, lock, build.unpack(archive, lock, tmp_path))
+
+
 def test_a_path_that_leads_out_is_refused(tmp_path: Path) -> None:
     lock = make_lock(tmp_path, GOOD | {"thing-1.0/vendor/ggml/../../../../evil": b"x"})
     with pytest.raises(build.BuildError, match="unsafe path"):

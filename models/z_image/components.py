@@ -12,12 +12,13 @@ from loader.describe import describe
 from loader.errors import LoadError
 from loader.options import LoadOptions
 from loader.params import Weights, load_params
-from pyggml import Backend
+from pyggml import Backend, SplitBackend
 
 from .. import autoencoder_kl, qwen3
 from ..autoencoder_kl import AutoencoderConfig, AutoencoderKL
 from ..nn import Module
 from ..qwen3 import Qwen3, Qwen3Config
+from ..split import SplitWeights, load_split
 from . import transformer as net
 from .transformer import ZImageConfig, ZImageTransformer
 
@@ -31,7 +32,7 @@ class Component:
     """A network with its weights, the file they came from, and what it computes on."""
 
     module: Any
-    weights: Weights
+    weights: Weights | SplitWeights
     checkpoint: Checkpoint
     backend: Backend
     options: LoadOptions | None = None
@@ -95,5 +96,7 @@ def _require(checkpoint: Checkpoint, role: str, architecture: str, option: str) 
 def _load(
     module: Module, checkpoint: Checkpoint, backend: Backend, component: str, options: LoadOptions | None, load: Load,
 ) -> Component:  # fmt: skip
+    if isinstance(backend, SplitBackend) and load is load_params:
+        load = load_split
     weights = load(module.params(), checkpoint, backend=backend, component=component, options=options)
     return Component(module, weights, checkpoint, backend, options)
