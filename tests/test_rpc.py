@@ -218,7 +218,7 @@ def test_another_protocol_is_refused() -> None:
 def test_what_is_no_rpc_server_is_refused() -> None:
     with pytest.raises(GGMLError, match="version unknown"):
         rpc.relay_to(misbehaving(lambda c: c.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")))
-    with pytest.raises(ServerLost, match="closed the connection|reset by peer"):
+    with pytest.raises(ServerLost, match=r"closed the connection|reset by peer"):
         rpc.relay_to(misbehaving(lambda c: None))
 
 
