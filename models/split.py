@@ -16,15 +16,20 @@ from loader.params import LoadReport, Param, Weights, load_params
 from pyggml import SplitBackend
 
 
-class SplitWeights:
-    """The weights of each part, and a report on all of them."""
+class SplitWeights(Weights):
+    """The weights of each part as those of one network. It has no context of its own: `parts` have theirs."""
 
     def __init__(self, parts: list[Weights]) -> None:
         self.parts = parts
+        self.files = tuple(file for part in parts for file in part.files)
+        self.params = {name: param for part in parts for name, param in part.params.items()}
+        self.report = self._sum()
 
     @property
-    def report(self) -> LoadReport:
-        """Numbers are sums."""
+    def closed(self) -> bool:
+        return all(part.closed for part in self.parts)
+
+    def _sum(self) -> LoadReport:
         reports = [asdict(part.report) for part in self.parts]
         total: dict[str, Any] = reports[0]
         for report in reports[1:]:

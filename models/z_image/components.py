@@ -18,7 +18,7 @@ from .. import autoencoder_kl, qwen3
 from ..autoencoder_kl import AutoencoderConfig, AutoencoderKL
 from ..nn import Module
 from ..qwen3 import Qwen3, Qwen3Config
-from ..split import SplitWeights, load_split
+from ..split import load_split
 from . import transformer as net
 from .transformer import ZImageConfig, ZImageTransformer
 
@@ -32,7 +32,7 @@ class Component:
     """A network with its weights, the file they came from, and what it computes on."""
 
     module: Any
-    weights: Weights | SplitWeights
+    weights: Weights
     checkpoint: Checkpoint
     backend: Backend
     options: LoadOptions | None = None
