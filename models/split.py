@@ -29,6 +29,9 @@ class SplitWeights(Weights):
     def closed(self) -> bool:
         return all(part.closed for part in self.parts)
 
+    def changed(self) -> str | None:
+        return next(filter(None, (part.changed() for part in self.parts)), None)
+
     def _sum(self) -> LoadReport:
         reports = [asdict(part.report) for part in self.parts]
         total: dict[str, Any] = reports[0]

@@ -230,11 +230,13 @@ def test_a_server_that_is_busy_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("at", ["at once", "in an answer", "with a wrong length"])
 def test_ggml_gets_answers_of_the_right_length_when_the_server_does_not_answer(at: str) -> None:
+    n, n_first = (1 << 20) + 1000, 1 << 20  # the relay passes on an answer in pieces of 1 MiB
+
     def answer(connection: socket.socket) -> None:
         greet(connection)
         if at != "at once" and connection.recv(1):
             rpc._read(connection, 8 + 316)
-            connection.sendall(struct.pack("<Q", 1000 if at == "in an answer" else 5) + b"123")
+            connection.sendall(struct.pack("<Q", n if at == "in an answer" else 5) + b"1" * n_first + b"23")
 
     address = rpc.relay_to(misbehaving(answer))
     rpc.check(address)
@@ -242,11 +244,11 @@ def test_ggml_gets_answers_of_the_right_length_when_the_server_does_not_answer(a
     with socket.create_connection((host, int(port)), 20) as ggml:
         ggml.sendall(struct.pack("<BQ", 14, 24) + bytes(24))
         assert rpc._read(ggml, 8 + len(HELLO))[8:] == HELLO
-        asked = bytes(300) + struct.pack("<QQ", 0, 1000)
+        asked = bytes(300) + struct.pack("<QQ", 0, n)
         ggml.sendall(struct.pack("<BQ", 8, len(asked)) + asked)  # GET_TENSOR
-        got = rpc._read(ggml, 8 + 1000)
-        assert struct.unpack("<Q", got[:8]) == (1000,)
-        assert got[8:] == (b"123" if at == "in an answer" else bytes(3)) + bytes(997)
+        got = rpc._read(ggml, 8 + n)
+        assert struct.unpack("<Q", got[:8]) == (n,)
+        assert got[8:] == (b"1" if at == "in an answer" else bytes(1)) * n_first + bytes(n - n_first)
         with pytest.raises(ServerLost, match="is gone"):
             rpc.check(address)
         answers = {0: 16, 1: 8, 2: 8, 3: 8, 7: 1, 9: 1, 11: 16, 13: 8, 14: 28, 15: 4}
