@@ -24,7 +24,7 @@ from loader.errors import LoadError
 from loader.lora import LoraReport
 from loader.options import LoadOptions
 from loader.params import load_params
-from pyggml import Backend, Cancelled, Graph, NonFinite
+from pyggml import Backend, Cancelled, Graph, NonFinite, SplitBackend
 
 from .. import autoencoder_kl, image, prompt_weights, schedule, sd_cpp_words, tiles
 from ..autoencoder_kl import AutoencoderKL
@@ -131,8 +131,9 @@ class ZImagePipeline:
         self._cancelled = threading.Event()
         self._depth = 0  # of nested calls
         self._step_graphs: OrderedDict[tuple[int, int], Graph] = OrderedDict()
-        self.residency = Residency({c.weights.report.component: c.weights for c in self._components()},
-                                   limit=memory_limit)  # fmt: skip
+        # What is split over devices computes in one piece: its pages are left to the system.
+        single = [c for c in self._components() if not isinstance(c.backend, SplitBackend)]
+        self.residency = Residency({c.weights.report.component: c.weights for c in single}, limit=memory_limit)
 
     # -- loading ------------------------------------------------------------------------------------------------------
 
