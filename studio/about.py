@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Sequence
 
@@ -29,8 +30,8 @@ def show_files(paths: Sequence[str], as_json: bool) -> int:
     return 0
 
 
-def run_rpc_server(arguments: Sequence[str]) -> int:
-    """Become ggml's rpc-server, with its own options. ValueError when this build has none."""
+def run_rpc_server(args: argparse.Namespace) -> int:
+    """Become ggml's rpc-server. ValueError for what it would take badly, and when this build has none."""
     import os
     import subprocess
     import sys
@@ -40,10 +41,17 @@ def run_rpc_server(arguments: Sequence[str]) -> int:
     program = FOLDER / ("rpc-server.exe" if sys.platform == "win32" else "rpc-server")
     if not program.exists():
         raise ValueError("this build has no rpc-server: build it with `python build.py --rpc`")
+    if not 1 <= args.port <= 65535:
+        raise ValueError(f"--port must be in 1..65535, not {args.port}")
+    if args.threads is not None and not 1 <= args.threads <= 512:
+        raise ValueError(f"--threads must be in 1..512, not {args.threads}")
+    given = {"-H": args.host, "-p": args.port, "-t": args.threads, "-d": args.device}
+    command = ["rpc-server", *(str(x) for pair in given.items() if pair[1] is not None for x in pair)]
+    command += ["-c"] if args.cache else []
     if sys.platform == "win32":
-        return subprocess.run([program, *arguments], check=False).returncode
+        return subprocess.run([program, *command[1:]], check=False).returncode
     sys.stdout.flush()
-    os.execv(program, ["rpc-server", *arguments])
+    os.execv(program, command)
 
 
 def list_devices(as_json: bool) -> int:

@@ -15,7 +15,6 @@ from functools import partial
 from typing import NoReturn
 
 BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
-RPC_SERVER = "rpc-server"
 
 
 class _Parser(argparse.ArgumentParser):
@@ -41,7 +40,12 @@ def make_parser() -> argparse.ArgumentParser:
     inspect.add_argument("files", nargs="+", metavar="FILE", help="a gguf or safetensors file, an index, or a folder")
     inspect.add_argument("--json", action="store_true", help="as a JSON list")
     inspect.add_argument("-v", "--verbose", action="store_true", help="a traceback when something fails")
-    commands.add_parser(RPC_SERVER, help="let others compute here; its options are those of ggml's rpc-server")
+    server = commands.add_parser("rpc-server", help="let others compute here (docs/devices.md)", allow_abbrev=False)
+    server.add_argument("-H", "--host", default="127.0.0.1", metavar="ADDRESS", help="to listen at (127.0.0.1)")
+    server.add_argument("-p", "--port", type=int, default=50052, metavar="N", help="50052")
+    server.add_argument("-t", "--threads", type=int, metavar="N", help="of the processor, half of all unless given")
+    server.add_argument("-d", "--device", metavar="NAME,...", help="what computes: the GPUs, else the processor")
+    server.add_argument("-c", "--cache", action="store_true", help="keep weights on disk for the next time")
     devices = commands.add_parser("devices", help="list what this build can compute on", allow_abbrev=False)
     devices.add_argument("--json", action="store_true", help="as a JSON list")
     devices.add_argument("-v", "--verbose", action="store_true", help="a traceback when something fails")
@@ -139,8 +143,7 @@ def _size(text: str) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code."""
     parser = make_parser()
-    argv = sys.argv[1:] if argv is None else argv
-    args = parser.parse_args(argv[:1] if list(argv[:1]) == [RPC_SERVER] else argv)
+    args = parser.parse_args(argv)
     if args.version:
         from .about import versions
 
@@ -155,7 +158,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):  # file names may be no UTF-8
             stream.reconfigure(errors="backslashreplace")
     try:
-        code = _run(args) if args.command != RPC_SERVER else _run_server(argv[1:])
+        code = _run(args)
         sys.stdout.flush()
         return code
     except KeyboardInterrupt:
@@ -175,13 +178,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return code
 
 
-def _run_server(arguments: Sequence[str]) -> int:
-    from .about import run_rpc_server
-
-    return run_rpc_server(arguments)
-
-
 def _run(args: argparse.Namespace) -> int:
+    if args.command == "rpc-server":
+        from .about import run_rpc_server
+
+        return run_rpc_server(args)
     if args.command in ("generate", "plan") and args.list_devices:
         from .about import list_devices
 

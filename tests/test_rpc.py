@@ -176,12 +176,19 @@ def test_what_is_no_endpoint(endpoint: str) -> None:
         rpc.relay_to(endpoint)
 
 
+@has_rpc
+@pytest.mark.parametrize("wrong", [["-p", "0"], ["-p", "70000"], ["-t", "0"]])
+def test_options_of_the_server(wrong: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["rpc-server", *wrong]) == 2
+    assert capsys.readouterr().err.startswith("error: --")
+
+
 def test_a_build_without_rpc_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     if (FOLDER / "rpc-server").exists():
         pytest.skip("this build has RPC")
     with pytest.raises(GGMLError, match=r"build it with `python build\.py --rpc`"):
         add_rpc_server("127.0.0.1:1")
-    assert cli.main(["rpc-server"]) == 2
+    assert cli.main(["rpc-server", "-p", "50052"]) == 2
     assert "build.py --rpc" in capsys.readouterr().err
 
 
