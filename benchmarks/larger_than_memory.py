@@ -132,9 +132,10 @@ def disk_rate(path: str, n_bytes: int = 1 << 30) -> float:
         return n / (time.perf_counter() - start)
 
 
-def typical(rows: list[dict[str, float]]) -> dict[str, float]:
-    """Medians of the steps after the first, which reads what stays."""
-    return {key: statistics.median(row[key] for row in rows[1:] or rows) for key in rows[0]}
+def typical(runs: list[Any]) -> dict[str, float]:
+    """Medians over the steps of all runs but each one's first, which reads what stays."""
+    rows = [row for run in runs for row in run["steps"][1:] or run["steps"]]
+    return {key: statistics.median(row[key] for row in rows) for key in rows[0]}
 
 
 def main() -> None:
@@ -173,7 +174,7 @@ def main() -> None:
 def _print_table(
     name: str, size: int, limit: int, rates: list[float], free: list[Any], limited: list[Any]
 ) -> None:
-    a, b = (typical([row for r in runs for row in [typical(r["steps"])]]) for runs in (free, limited))
+    a, b = typical(free), typical(limited)
     stream = limited[-1]["residency"]["streams"][-1]
     rate = statistics.median(rates)
     same = {r["picture"] for r in [*free, *limited]}
