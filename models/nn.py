@@ -246,12 +246,13 @@ def split_heads(x: Tensor, i_part: int, n_heads: int, head_dim: int) -> Tensor:
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, headroom: float = 1.0) -> Tensor:
     """softmax(q k^T / sqrt(head_dim) + mask) v for each head.
 
-    q: ne [head_dim, n_heads, n_tokens]; k, v: ne [head_dim, n_kv_heads, n_tokens], n_heads a multiple of n_kv_heads,
-    consecutive heads sharing one; mask: f16, ne [n_tokens, n_tokens]. Returns ne [head_dim * n_heads, n_tokens].
+    q: ne [head_dim, n_heads, n_tokens, n_batch]; k, v: ne [head_dim, n_kv_heads, n_tokens, n_batch], n_heads a multiple
+    of n_kv_heads, consecutive heads sharing one; mask: f16, ne [n_tokens, n_tokens].
+    Returns ne [head_dim * n_heads, n_tokens * n_batch].
     `headroom`: where v is rounded to f16, it is divided by this power of two, and the result multiplied.
     """
-    head_dim, n_heads, n_tokens, _ = q.ne
-    if mask is None and head_dim % 32 == 0 and on_cpu(q):
+    head_dim, n_heads, n_tokens, n_batch = q.ne
+    if mask is None and head_dim % 32 == 0 and n_batch == 1 and on_cpu(q):
         return ops.reshape(ops.attention(q, k, v, head_dim**-0.5), head_dim * n_heads, n_tokens)
     guarded = headroom != 1 and not on_cpu(q)
     if guarded:
@@ -260,4 +261,4 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, headr
     y = ops.flash_attn_ext(q, k, v, mask, scale=head_dim**-0.5)  # ne [head_dim, n_heads, n_tokens]
     if guarded:
         y = ops.scale(y, headroom)
-    return ops.reshape(y, head_dim * n_heads, n_tokens)
+    return ops.reshape(y, head_dim * n_heads, n_tokens * n_batch)

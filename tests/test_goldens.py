@@ -12,7 +12,7 @@ import pytest
 
 GOLDEN = Path(__file__).parent / "golden"
 NAMES = (
-    "z_image_transformer", "qwen3", "autoencoder_kl", "qwen_image_transformer", "schedules", "noise", "pipeline",
+    "z_image_transformer", "qwen3", "autoencoder_kl", "qwen_image_transformer", "qwen25_vl", "schedules", "noise", "pipeline",
 )  # fmt: skip
 
 
@@ -56,7 +56,7 @@ def test_is_small_and_finite(name: str) -> None:
                 assert np.isfinite(stored[key]).all() and stored[key].dtype == np.float32, key
 
 
-@pytest.mark.parametrize("name", NAMES[:4])
+@pytest.mark.parametrize("name", NAMES[:5])
 def test_weights_are_exact_in_f16_and_bf16(name: str) -> None:
     with np.load(GOLDEN / f"{name}.npz") as stored:
         keys = [k for k in stored.files if k.startswith("weights/")]

@@ -14,7 +14,10 @@ from safetensors.numpy import save_file
 
 from loader.checkpoint import Checkpoint, open_checkpoint
 from loader.params import load_params
+from models import qwen25_vision, qwen25_vl
 from models.nn import Linear
+from models.qwen25_vision import Qwen25Vision, VisionConfig
+from models.qwen25_vl import Qwen25VL, Qwen25VLConfig
 from models.qwen_image import transformer as net
 from models.qwen_image.transformer import QwenImageConfig, QwenImageTransformer
 from pyggml import Backend, Buffer, Context, Graph, Type, ops
@@ -47,6 +50,109 @@ def close_to(actual: Any, expected: Any, tolerance: float = TOLERANCE) -> None:
     assert actual.shape == expected.shape
     error = np.abs(actual - expected).max() / np.abs(expected).max()
     assert error <= tolerance, f"relative error {error:.2e}"
+
+
+# -- text encoder and vision tower -----------------------------------------------------------------------------------
+
+
+def vl_checkpoint(folder: Path, names: str) -> Checkpoint:
+    """The golden's language model and vision tower in one file, as it is called by newer and older transformers, and by
+    llama.cpp (which makes two files; theirs has each frame's kernel, and q, k and v, apart).
+    """
+    arrays = golden("qwen25_vl")
+    tensors = weights_of(arrays)
+    (folder / "config.json").write_text(str(arrays["config"]), encoding="utf-8")
+    if names == "newer":
+        tensors = {f"model.{n}": t for n, t in tensors.items()} | {"lm_head.weight": np.zeros((2, 2), np.float32)}
+    elif names == "older":
+        tensors = {n.replace("language_model.", "model."): t for n, t in tensors.items()}
+    else:
+        checkpoint = saved({f"model.{n}": t for n, t in tensors.items()}, folder)
+        language = checkpoint.renamed(qwen25_vl.RENAMES)
+        tensors = {n: language.read(n) for n in language}
+        tower = checkpoint.renamed(qwen25_vision.RENAMES)
+        for name in tower:
+            value = tower.read(name)
+            if name == "v.patch_embd.weight":
+                tensors[name], tensors[f"{name}.1"] = (value[:, :, i] for i in range(2))
+            elif "attn_qkv" in name:
+                tensors |= {name.replace("qkv", x): part for x, part in zip("qkv", np.split(value, 3), strict=True)}
+            else:
+                tensors[name] = value
+    saved({n: np.ascontiguousarray(t) for n, t in tensors.items()}, folder)
+    return open_checkpoint(folder)  # with its config.json
+
+
+@pytest.mark.parametrize("names", ["newer", "older", "llama.cpp"])
+def test_text_encoder(backend: Backend, tmp_path: Path, names: str) -> None:
+    arrays = golden("qwen25_vl")
+    checkpoint = vl_checkpoint(tmp_path, names).renamed(qwen25_vl.RENAMES)
+    if names == "llama.cpp":
+        checkpoint = checkpoint.renamed([(r"^(?:v|mm)\..*$", None)])
+    config = Qwen25VLConfig.from_checkpoint(checkpoint)
+    assert config == Qwen25VLConfig(
+        dim=64, n_layers=3, n_heads=4, n_kv_heads=2, head_dim=16, ff_dim=96, n_vocab=288, sections=(2, 3, 3)
+    )
+    module = Qwen25VL(config)
+    with load_params(module.params(), checkpoint, backend=backend, component="qwen25_vl"):
+        ids = arrays["text/ids"]
+        close_to(module.encode(backend, ids), arrays["text/hidden"])
+        close_to(module.encode(backend, ids, n_dropped=7), arrays["text/hidden"][7:])
+
+
+@pytest.mark.parametrize("names", ["newer", "older", "llama.cpp"])
+def test_vision_tower(backend: Backend, tmp_path: Path, names: str) -> None:
+    arrays = golden("qwen25_vl")
+    checkpoint = vl_checkpoint(tmp_path, names).renamed(qwen25_vision.RENAMES)
+    config = VisionConfig.from_checkpoint(checkpoint)
+    apart = names == "llama.cpp"
+    assert config == VisionConfig(
+        dim=48, n_layers=3, n_heads=2, ff_dim=40, out_dim=64, patch=14, window=112, full_blocks=(1,),
+        fused_qkv=not apart, split_frames=apart,
+    )  # fmt: skip
+    module = Qwen25Vision(config)
+    with load_params(module.params(), checkpoint, backend=backend, component="vision"):
+        close_to(module.encode(backend, arrays["picture/pixels"]), arrays["picture/tower"])
+        with pytest.raises(ValueError, match=r"sides of 28 n, not \(3, 28, 30\)"):
+            module.encode(backend, np.zeros((3, 28, 30), np.float32))
+
+
+@pytest.mark.parametrize("positions", ["one after the other", "grid"])
+def test_text_encoder_with_a_picture(
+    backend: Backend, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, positions: str
+) -> None:
+    arrays = golden("qwen25_vl")
+    monkeypatch.setattr(qwen25_vl, "IMAGE_PAD", 280)  # of the tiny vocabulary
+    checkpoint = vl_checkpoint(tmp_path, "newer").renamed(qwen25_vl.RENAMES)
+    module = Qwen25VL(Qwen25VLConfig.from_checkpoint(checkpoint))
+    ids, tower = arrays["picture/ids"], arrays["picture/tower"]
+    on_grid = positions == "grid"
+    with load_params(module.params(), checkpoint, backend=backend, component="qwen25_vl"):
+        where = qwen25_vl.grid_positions(ids, [(6, 5)]) if on_grid else None
+        hidden = module.encode(backend, ids, tower, position=where)
+        close_to(hidden, arrays["picture/hidden_grid" if on_grid else "picture/hidden"])
+        with pytest.raises(ValueError, match=r"30 image tokens: images are \[30, 64\], not \(29, 64\)"):
+            module.encode(backend, ids, tower[1:])
+        with pytest.raises(ValueError, match="token id 288"):
+            module.encode(backend, np.int32([288]))
+
+
+def test_grid_positions() -> None:
+    x, pad = 0, qwen25_vl.IMAGE_PAD
+    ids = np.int32([x, x, x, x] + [pad] * 6 + [x, x] + [pad] * 2 + [x])
+    t, h, w = qwen25_vl.grid_positions(ids, [(2, 3), (2, 1)])
+    assert t.tolist() == [0, 1, 2, 3] + [4] * 6 + [7, 8] + [9, 9] + [11]
+    assert h.tolist() == [0, 1, 2, 3, 4, 4, 4, 5, 5, 5, 7, 8, 9, 10, 11]
+    assert w.tolist() == [0, 1, 2, 3, 4, 5, 6, 4, 5, 6, 7, 8, 9, 9, 11]
+    for grids in ([(2, 3)], [(2, 3), (2, 2)], [(2, 3), (2, 1), (1, 1)]):
+        with pytest.raises(ValueError, match="image tokens"):
+            qwen25_vl.grid_positions(ids, grids)
+
+
+def test_size_for_the_vision_tower() -> None:
+    assert qwen25_vision.size_for(384, 384) == (392, 392)
+    assert qwen25_vision.size_for(20, 10) == (84, 56)  # too small: up to 56 * 56 pixels
+    assert qwen25_vision.size_for(1000, 500, largest=28 * 28 * 100) == (392, 196)  # too large: down, rounding down
 
 
 # -- transformer -----------------------------------------------------------------------------------------------------

@@ -16,6 +16,9 @@ stores no weights: it runs the three models of the other files.
                               cases t2i, edit (two references), zero (edit with zero_cond_t), layered (two targets, one
                               reference): <case>/{targets [n,16,H,W], reference_<i> [16,H,W], t, text [L,48],
                               out [n,16,H,W]}
+    qwen25_vl.npz             config, weights/<HF name> of language model and vision tower, and cases: text/{ids [L],
+                              hidden [L,64]}, picture/{pixels [3,H,W], grid, tower [n,64], ids, hidden (positions one
+                              after the other), hidden_grid (positions of the grid)}
     schedules.npz             shift_<s>/<n>: the n+1 sigmas of the Z-Image pipelines
     noise.npz                 seed_<s>/<n>: torch.randn of a fresh CPU generator; mixed/<i>: calls on one generator
     pipeline.npz              tokenizer (a tokenizer.json), runs: settings and results of whole pipelines
@@ -50,7 +53,7 @@ from diffusers import (
 from diffusers.models.transformers.transformer_z_image import TimestepEmbedder
 from diffusers.pipelines.z_image.pipeline_z_image import get_default_z_image_sigmas
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3Model
+from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLModel, Qwen3Config, Qwen3Model
 
 Arrays = dict[str, np.ndarray]
 
@@ -180,6 +183,35 @@ def make_text_encoder() -> Qwen3Model:
     return model.eval()
 
 
+def make_vl_encoder() -> Qwen2_5_VLModel:
+    config = Qwen2_5_VLConfig(
+        text_config=dict(
+            vocab_size=288,
+            hidden_size=DIM,
+            intermediate_size=96,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            rms_norm_eps=1e-6,
+            rope_parameters={"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]},
+            max_position_embeddings=1024,
+            tie_word_embeddings=False,
+        ),
+        vision_config=dict(
+            depth=3, hidden_size=48, intermediate_size=40, num_heads=2, out_hidden_size=DIM, fullatt_block_indexes=[1]
+        ),
+        image_token_id=280,
+        video_token_id=281,
+        vision_start_token_id=282,
+        vision_end_token_id=283,
+    )
+    for part in (config, config.text_config, config.vision_config):
+        part._attn_implementation = "eager"
+    model = Qwen2_5_VLModel(config)
+    randomize(model, seed=6, levels=2.0)
+    return model.eval()
+
+
 def make_autoencoder() -> AutoencoderKL:
     model = AutoencoderKL(
         in_channels=3,
@@ -278,6 +310,38 @@ def qwen3() -> Arrays:
         out[f"{case}/hidden_2"] = states[-2][0].numpy()
         out[f"{case}/hidden_3"] = states[-3][0].numpy()
     return out
+
+
+def qwen25_vl() -> Arrays:
+    model = make_vl_encoder()
+    c = model.config
+    keep = {
+        "text_config": ("num_attention_heads", "rms_norm_eps", "rope_parameters"),
+        "vision_config": ("num_heads", "fullatt_block_indexes", "window_size"),
+    }
+    config = {part: {k: getattr(getattr(c, part), k) for k in keys} for part, keys in keep.items()}
+    out = {"config": text(config), **weights(model)}
+    ids = np.random.default_rng(90).integers(0, 270, 29)
+    hidden = model(torch.from_numpy(ids)[None], output_hidden_states=True).hidden_states[-1][0]
+    out |= {"text/ids": ids.astype(np.int32), "text/hidden": hidden.numpy()}
+    # 12 x 10 patches: four windows of different sizes. A processor's order: by squares of 2 x 2 patches, frames inside.
+    rows, columns = 12, 10
+    pixels = torch.round(3 * gaussian(91, 3, 14 * rows, 14 * columns)) / 4
+    blocks = pixels.reshape(3, rows // 2, 2, 14, columns // 2, 2, 14).permute(1, 4, 2, 5, 0, 3, 6)
+    patches = blocks.unsqueeze(5).expand(*blocks.shape[:5], 2, 14, 14).reshape(rows * columns, -1)
+    grid = torch.tensor([[1, rows, columns]])
+    n = rows * columns // 4
+    before, after = (np.random.default_rng(s).integers(0, 270, k) for s, k in ((92, 5), (93, 7)))
+    ids = np.concatenate([before, [c.vision_start_token_id], [c.image_token_id] * n, [c.vision_end_token_id], after])
+    tokens = torch.from_numpy(ids)[None]
+    arrays = {"pixels": pixels, "grid": grid[0].int(), "ids": tokens[0].int()}
+    arrays["tower"] = model.get_image_features(patches, grid).pooler_output[0]
+    for name, kinds in (("hidden", None), ("hidden_grid", (tokens == c.image_token_id).int())):
+        result = model(
+            tokens, pixel_values=patches, image_grid_thw=grid, mm_token_type_ids=kinds, output_hidden_states=True
+        )
+        arrays[name] = result.hidden_states[-1][0]
+    return out | {f"picture/{k}": v.numpy() for k, v in arrays.items()}
 
 
 def autoencoder_kl() -> Arrays:
@@ -438,6 +502,7 @@ def record(owner: object, method: str, tape: Arrays, pick: Any) -> None:
 FILES = {
     "z_image_transformer": z_image_transformer,
     "qwen3": qwen3,
+    "qwen25_vl": qwen25_vl,
     "qwen_image_transformer": qwen_image_transformer,
     "autoencoder_kl": autoencoder_kl,
     "schedules": schedules,
