@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Container, Mapping
 from dataclasses import dataclass
+from math import prod
 from typing import Literal, TypeAlias
 
 from pyggml import BufferType, Device, Type, devices
@@ -174,17 +175,21 @@ def _why_not_mapped(info: TensorInfo, kind: Type) -> str:
 
 
 def _fits(ne: Ne, info: TensorInfo, kind: Type) -> bool:
-    """Same shape, or the same but for dimensions of one; dimensions beyond ggml's four count as one with the fourth."""
+    """Same shape, or the same but for dimensions of one; of more dimensions than ggml's four, with or without those of
+    one, the fourth and those beyond it count as one.
+    """
     if info.dtype in QUANTISED or kind.is_quantized:
         if (ne[0] if ne else 1) != (info.ne[0] if info.ne else 1):
             return False
-    have = info.ne
-    if len(have) > 4:
-        last = 1
-        for d in have[3:]:
-            last *= d
-        have = (*have[:3], last)
-    return [d for d in ne if d != 1] == [d for d in have if d != 1]
+    return _squeezed(ne) in (_squeezed(_at_most_four(info.ne)), _at_most_four(_squeezed(info.ne)))
+
+
+def _squeezed(ne: Ne) -> Ne:
+    return tuple(d for d in ne if d != 1)
+
+
+def _at_most_four(ne: Ne) -> Ne:
+    return (*ne[:3], prod(ne[3:])) if len(ne) > 4 else ne
 
 
 def _shown(info: TensorInfo) -> str:

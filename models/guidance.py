@@ -2,7 +2,7 @@
 
 The two mean the same with cfg = guidance_scale + 1. The functions do not care for a common sign or offset, so they may
 be given velocities, the raw network outputs (their negatives) or denoised estimates at the same x; only normalization,
-which looks at the length of the prediction, wants velocities or raw outputs.
+which looks at the length of the prediction, and Qwen-Image's guidance, want velocities or raw outputs.
 """
 
 from __future__ import annotations
@@ -34,6 +34,28 @@ def z_image_guidance(
         if length > longest:
             prediction = prediction * np.float32(longest / length)
     return prediction
+
+
+def qwen_image_guidance(cond: Float32, uncond: Float32, scale: float) -> Float32:
+    """`cfg`, then each patch's result scaled to the length of its cond: diffusers' true_cfg_scale for Qwen-Image.
+
+    cond, uncond: velocities [..., C, H, W]; a patch is the C x 2 x 2 values that are one token of the transformer, cut
+    where H or W is odd. scale 1 gives cond.
+    """
+    guided = cfg(cond, uncond, scale)
+    wanted, length = _patch_lengths(cond), _patch_lengths(guided)
+    ratio = np.divide(wanted, length, out=np.zeros_like(length), where=length > 0)
+    h, w = cond.shape[-2:]
+    return np.asarray(guided * ratio.repeat(2, -2).repeat(2, -1)[..., None, :h, :w], np.float32)
+
+
+def _patch_lengths(x: Float32) -> Float32:
+    """The Euclidean norm of each patch: [..., C, H, W] to [..., H/2, W/2], rounded up."""
+    squares = np.square(x).sum(-3)
+    *batch, h, w = squares.shape
+    squares = np.pad(squares, [(0, 0)] * len(batch) + [(0, h % 2), (0, w % 2)])
+    blocks = squares.reshape(*batch, (h + 1) // 2, 2, (w + 1) // 2, 2)
+    return np.asarray(np.sqrt(blocks.sum((-3, -1))), np.float32)
 
 
 def guidance_at(sigma: float, guidance_scale: float, *, cfg_truncation: float = 1.0) -> float:

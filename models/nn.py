@@ -165,16 +165,26 @@ class ChannelNorm(Module):
 class Conv2d(Module):
     """A 3x3 convolution that keeps the size, or halves it (then padded at the right and bottom only).
 
-    Weight ne [3, 3, n_in, n_out].
+    Weight ne [3, 3, n_in, n_out]; [3, 3, n_frames, n_in * n_out] when it is a causal one over several frames, of which
+    the picture is the last and those before it are empty.
     """
 
-    def __init__(self, n_in: int, n_out: int, stride: int = 1) -> None:
-        self.weight = Param((3, 3, n_in, n_out))
+    def __init__(self, n_in: int, n_out: int, stride: int = 1, n_frames: int = 1) -> None:
+        self.weight = Param((3, 3, n_in, n_out) if n_frames == 1 else (3, 3, n_frames, n_in * n_out))
         self.bias = Param((n_out,), Type.F32)
         self.stride = stride
+        self.n_frames = n_frames
+
+    def _kernel(self, x: Tensor) -> Tensor:
+        """ne [3, 3, n_in, n_out]: the whole weight, or a view of its last frame."""
+        w, n_in, last = self.weight.tensor, x.ne[2], self.n_frames - 1
+        if not last:
+            return w
+        nb = (w.nb[1], w.nb[3], n_in * w.nb[3])
+        return ops.view(graph_use(x, w), (3, 3, n_in, w.ne[3] // n_in), nb, offset=last * w.nb[2])
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        w = self.weight.tensor
+        w = self._kernel(x)
         if self.stride == 1 and on_cpu(x):
             return ops.conv_2d_3x3(w, x, self.bias.tensor, residual)
         pad = 1

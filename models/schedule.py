@@ -4,6 +4,7 @@ sigma runs from 1 (noise) to 0 (picture), x_sigma = (1 - sigma) * x0 + sigma * n
 n + 1 values that fall strictly and end in 0; n is the number of steps.
 
     diffusers      1, 1 - 1/n, ..., 1/n, then the static shift: the reference pipeline of Z-Image
+    qwen_image     the same, with a shift from the picture's size, then stretched to end at 0.02: that of Qwen-Image
     the others     as stable-diffusion.cpp names and computes them, in float32; checked against version 0.4.7, and beta,
                    ltx2, logit_normal, flux2 and flux, which 0.4.7 does not have, against its source of August 2026
 
@@ -22,15 +23,16 @@ from numpy.typing import NDArray
 Float32 = NDArray[np.float32]
 Schedule = Callable[[int, float, int], Float32]
 
+QWEN_TERMINAL = 0.02  # where Qwen-Image's sigmas end
 N_TRAIN = 1000  # the models were trained on a table of 1000 noise levels
 
 
 def sigmas(name: str, n: int, *, shift: float = 3.0, n_positions: int = 4096) -> Float32:
     """The schedule `name` with n steps: float32 [n + 1], falling from about 1 to 0.
 
-    shift: the static timestep shift s of s*u / (1 + (s - 1)*u); 3 for Z-Image-Turbo, 6 for Z-Image. flux, flux2, ltx2
-    and logit_normal take a shift from the size of the picture instead.
-    n_positions: latent height times latent width, in pixels of the latent; only those four ask for it.
+    shift: the static timestep shift s of s*u / (1 + (s - 1)*u); 3 for Z-Image-Turbo, 6 for Z-Image. flux, flux2, ltx2,
+    logit_normal and qwen_image take a shift from the size of the picture instead.
+    n_positions: latent height times latent width, in pixels of the latent; only those five ask for it.
 
     `beta` may have fewer than n steps: it drops repeated noise levels. Raises ValueError for an unknown name, n < 1, a
     shift that is not positive, and an n for which the schedule would visit a noise level twice.
@@ -64,12 +66,42 @@ def shifted(u: Sequence[float] | Float32, shift: float) -> Float32:
 
     ValueError unless they fall strictly within 1 ... 0, 0 left out, and for a shift that is not positive.
     """
-    values = np.asarray(u, np.float32)
     if not (shift > 0 and math.isfinite(shift)):
         raise ValueError(f"flow shift must be a positive number, not {shift}")
+    return np.append(_shift(_falling(u), shift), np.float32(0))
+
+
+def _falling(u: Sequence[float] | NDArray[np.float64] | Float32) -> Float32:
+    values = np.asarray(u, np.float32)
     if values.ndim != 1 or not values.size or not (np.diff(values) < 0).all() or not 0 < values[-1] <= values[0] <= 1:
         raise ValueError(f"sigmas must fall strictly from 1 or below, without the 0 at the end, got {list(u)}")
-    return np.append(_shift(values, shift), np.float32(0))
+    return values
+
+
+def shifted_by_size(
+    u: Sequence[float] | NDArray[np.float64] | Float32, mu: float, terminal: float | None = None
+) -> Float32:
+    """`shifted` as diffusers does it with a dynamic shift, e^mu, and stretched so that the last sigma before the 0 is
+    `terminal`. ValueError for sigmas that do not fall strictly within 1 ... 0.
+    """
+    values = _exponential_shift(_falling(u), mu)
+    if terminal is not None and values[-1] < 1:
+        distance = 1 - values
+        values = _float32(1 - distance / (distance[-1] / np.float32(1 - terminal)))
+    return np.append(values, np.float32(0))
+
+
+def qwen_image_mu(n_tokens: int) -> float:
+    """Qwen-Image's dynamic shift for a picture of so many patches, references not counted."""
+    slope = (0.9 - 0.5) / (8192 - 256)
+    return n_tokens * slope + (0.5 - slope * 256)
+
+
+def qwen_layered(n: int, n_tokens: int) -> Float32:
+    """The schedule of Qwen-Image-Layered's pipeline: float32 [n + 1]; n_tokens: patches of the condition picture."""
+    if n < 1 or n_tokens < 1:
+        raise ValueError(f"a schedule needs at least 1 step and 1 patch, not {n} and {n_tokens}")
+    return shifted_by_size(np.linspace(1, 0, n + 1)[:-1], (n_tokens / 256) ** 0.5, QWEN_TERMINAL)
 
 
 def sd_cpp_default(method: str) -> str:
@@ -148,6 +180,11 @@ def diffusers(n: int, shift: float, _: int) -> Float32:
     i = np.arange(n)
     u = np.where((i < n // 2) | (n == 1), 1 + step * i, end - step * (n - 1 - i)).astype(np.float32)
     return _shift(u, shift)
+
+
+def qwen_image(n: int, _: float, n_positions: int) -> Float32:
+    """The pipeline's of Qwen-Image: a shift from the number of patches, then stretched."""
+    return shifted_by_size(np.linspace(1, 1 / n, n), qwen_image_mu(n_positions // 4), QWEN_TERMINAL)[:-1]
 
 
 def discrete(n: int, shift: float, _: int) -> Float32:
@@ -302,6 +339,7 @@ def _beta_cdf(x: float, a: float, b: float) -> float:
 
 SCHEDULES: dict[str, Schedule] = {
     "diffusers": diffusers,
+    "qwen_image": qwen_image,
     "discrete": discrete,
     "normal": discrete,
     "karras": karras,

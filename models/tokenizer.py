@@ -220,14 +220,16 @@ class Tokenizer:
             weights += [weight] * len(new)
         return ids, weights
 
-    def apply_template(self, prompt: str) -> list[int]:
-        """The ids of a prompt in Z-Image's chat template, encoded as one text as transformers does.
+    def apply_template(self, prompt: str, template: tuple[str, str] = TEMPLATE) -> list[int]:
+        """The ids of a prompt in a chat template, Z-Image's unless given, encoded as one text as transformers does.
 
         The template is part of the text: a prompt that begins with a line break merges with the one before it.
+        ValueError when the tokenizer lacks a special token of the template.
         """
-        prefix, suffix = TEMPLATE
-        if missing := [t for t in ("<|im_start|>", "<|im_end|>") if t not in self.special]:
-            raise ValueError(f"this tokenizer cannot write Z-Image's prompt: it has no {' and no '.join(missing)}")
+        prefix, suffix = template
+        wanted = dict.fromkeys(re.findall(r"<\|\w+\|>", prefix + suffix))
+        if missing := [token for token in wanted if token not in self.special]:
+            raise ValueError(f"this tokenizer cannot write the model's prompt: it has no {' and no '.join(missing)}")
         return self.encode(prefix + prompt + suffix)
 
     def _merge(self, word: str) -> list[int]:

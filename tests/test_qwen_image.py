@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -13,13 +13,17 @@ from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
 from loader.checkpoint import Checkpoint, open_checkpoint
+from loader.describe import describe
 from loader.params import load_params
-from models import qwen25_vision, qwen25_vl
+from models import autoencoder_qwen, qwen25_vision, qwen25_vl
+from models.autoencoder_qwen import QwenAutoencoder, QwenAutoencoderConfig
 from models.nn import Linear
 from models.qwen25_vision import Qwen25Vision, VisionConfig
 from models.qwen25_vl import Qwen25VL, Qwen25VLConfig
 from models.qwen_image import transformer as net
+from models.qwen_image.prompt import prompt_ids
 from models.qwen_image.transformer import QwenImageConfig, QwenImageTransformer
+from models.tokenizer import Tokenizer
 from pyggml import Backend, Buffer, Context, Graph, Type, ops
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -50,6 +54,47 @@ def close_to(actual: Any, expected: Any, tolerance: float = TOLERANCE) -> None:
     assert actual.shape == expected.shape
     error = np.abs(actual - expected).max() / np.abs(expected).max()
     assert error <= tolerance, f"relative error {error:.2e}"
+
+
+# -- prompts ---------------------------------------------------------------------------------------------------------
+
+TEXT_IDS = """151644 8948 198 74785 279 2168 553 44193 279 1894 11 6083 11 1379 11 10434 11 12194 11 1467 11 27979 11871
+    315 279 6171 323 4004 25 151645 198 151644 872 198"""
+EDIT_IDS = """151644 8948 198 74785 279 1376 4419 315 279 1946 2168 320 3423 11 6083 11 1379 11 10434 11 6171 11 4004 701
+    1221 10339 1246 279 1196 594 1467 7600 1265 11596 476 5602 279 2168 13 19813 264 501 2168 429 20027 279 1196 594
+    8502 1393 20337 28137 448 279 4024 1946 1380 8311 13 151645 198 151644 872 198"""
+SUFFIX = [151645, 198, 151644, 77091, 198]
+CAT = [64, 16690, 8251]  # a lovely cat
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return Tokenizer.qwen2()
+
+
+@pytest.mark.parametrize(("kind", "before", "n"), [("text", TEXT_IDS, 34), ("edit", EDIT_IDS, 64)])
+def test_prompt(tokenizer: Tokenizer, kind: Literal["text", "edit"], before: str, n: int) -> None:
+    dropped = [int(i) for i in before.split()]
+    assert len(dropped) == n
+    for prompt, ids in (("a lovely cat", CAT), (" ", [220]), ("", [])):
+        assert prompt_ids(tokenizer, prompt, kind=kind) == (dropped + ids + SUFFIX, n)
+
+
+def test_prompt_with_pictures(tokenizer: Tokenizer) -> None:
+    pad = qwen25_vl.IMAGE_PAD
+    ids, n = prompt_ids(tokenizer, "a lovely cat", [2, 1])
+    pictures = [24669, 220, 16, 25, 220, 151652, pad, pad, 151653, 24669, 220, 17, 25, 220, 151652, pad, 151653]
+    assert n == 64 and ids[64:] == [*pictures, *CAT, *SUFFIX]
+    ids, n = prompt_ids(tokenizer, "a lovely cat", [3], numbered=False)
+    assert n == 64 and ids[64:] == [151652, pad, pad, pad, 151653, *CAT, *SUFFIX]
+
+
+def test_long_prompts_are_cut_unless_they_have_pictures(tokenizer: Tokenizer) -> None:
+    long = "cat " * 1000
+    ids, n = prompt_ids(tokenizer, long)
+    assert (len(ids), n) == (34 + 512, 34) and ids[-1] == tokenizer.encode(" cat")[0]
+    assert len(prompt_ids(tokenizer, long, max_tokens=1024)[0]) > 1000
+    assert prompt_ids(tokenizer, long, [1])[0][-5:] == SUFFIX
 
 
 # -- text encoder and vision tower -----------------------------------------------------------------------------------
@@ -153,6 +198,47 @@ def test_size_for_the_vision_tower() -> None:
     assert qwen25_vision.size_for(384, 384) == (392, 392)
     assert qwen25_vision.size_for(20, 10) == (84, 56)  # too small: up to 56 * 56 pixels
     assert qwen25_vision.size_for(1000, 500, largest=28 * 28 * 100) == (392, 196)  # too large: down, rounding down
+
+
+# -- autoencoder ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("names", ["diffusers", "original", "one frame"])
+def test_autoencoder(backend: Backend, tmp_path: Path, names: str) -> None:
+    """The names of diffusers; the original ones; and kernels of which only the last frame is in the file."""
+    arrays = golden("autoencoder_qwen")
+    checkpoint = saved(weights_of(arrays), tmp_path)
+    assert describe(checkpoint).architecture == "Qwen-Image (Wan) autoencoder"
+    checkpoint = checkpoint.renamed(autoencoder_qwen.RENAMES)
+    if names != "diffusers":
+        tensors = {n: checkpoint.read(n) for n in checkpoint}
+        if names == "one frame":
+            tensors = {n: np.ascontiguousarray(t[:, :, -1]) if t.ndim == 5 else t for n, t in tensors.items()}
+        checkpoint = saved(tensors, tmp_path)
+        assert describe(checkpoint).architecture == "Qwen-Image (Wan) autoencoder"
+        assert list(checkpoint.renamed(autoencoder_qwen.RENAMES)) == list(checkpoint)
+    config = QwenAutoencoderConfig.from_checkpoint(checkpoint)
+    assert config == QwenAutoencoderConfig(
+        channels=(8, 16, 32, 32), latent_channels=16, picture_channels=3, n_frames=1 if names == "one frame" else 3
+    )
+    module = QwenAutoencoder(config)
+    with load_params(module.params(), checkpoint, backend=backend, component="vae") as weights:
+        assert not weights.report.n_copied  # kernels of three frames too stay in the file
+        mean, deviation = autoencoder_qwen.MEAN, autoencoder_qwen.DEVIATION
+        close_to(module.decode(backend, (arrays["latents"] - mean) / deviation) * 2 - 1, arrays["decoded"])
+        latents = module.encode(backend, (arrays["pixels"] + 1) / 2)
+        close_to(latents * deviation + mean, arrays["mean"])
+
+
+@pytest.mark.parametrize("half", ["encoder", "decoder"])
+def test_half_an_autoencoder(backend: Backend, tmp_path: Path, half: str) -> None:
+    checkpoint = saved(weights_of(golden("autoencoder_qwen")), tmp_path).renamed(autoencoder_qwen.RENAMES)
+    config = QwenAutoencoderConfig.from_checkpoint(checkpoint)
+    module = QwenAutoencoder(config, encoder=half == "encoder", decoder=half == "decoder")
+    other: Literal["encoder", "decoder"] = "decoder" if half == "encoder" else "encoder"
+    checkpoint = checkpoint.renamed(autoencoder_qwen.without(other))
+    with load_params(module.params(), checkpoint, backend=backend, component="vae"):
+        assert all(name.startswith((half, "conv")) for name in module.params())
 
 
 # -- transformer -----------------------------------------------------------------------------------------------------

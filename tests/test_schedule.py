@@ -13,8 +13,11 @@ from models.schedule import (
     add_noise,
     after_strength,
     explicit,
+    qwen_image_mu,
+    qwen_layered,
     sd_cpp_default,
     shifted,
+    shifted_by_size,
     sigmas,
 )
 
@@ -30,6 +33,33 @@ def test_diffusers_to_the_bit() -> None:
             np.testing.assert_array_equal(ours, golden[key], err_msg=key)
 
 
+def test_qwen_image_to_the_bit() -> None:
+    with np.load(GOLDEN / "qwen_schedules.npz") as golden:
+        assert len(golden.files) >= 30
+        for key in golden.files:
+            kind, n_tokens, n = key.split("/")
+            if kind == "layered":
+                ours = qwen_layered(int(n), int(n_tokens))
+            else:
+                ours = sigmas("qwen_image", int(n), n_positions=4 * int(n_tokens))
+            np.testing.assert_array_equal(ours, golden[key], err_msg=key)
+
+
+def test_qwen_image_worked_values() -> None:
+    for n_tokens, mu in ((1024, 0.538710), (4096, 0.693548), (6889, 0.834325)):
+        assert qwen_image_mu(n_tokens) == pytest.approx(mu, abs=1e-6)
+    expected = [1, 0.766709, 0.455614, 0.02, 0]
+    np.testing.assert_allclose(sigmas("qwen_image", 4, n_positions=128 * 128), expected, atol=6e-7)
+    # without a terminal, and with ln 3: the schedule of the Lightning models
+    np.testing.assert_allclose(
+        shifted_by_size(np.linspace(1, 1 / 8, 8), np.log(3)), sigmas("diffusers", 8, shift=3), rtol=0, atol=2e-7
+    )
+    with pytest.raises(ValueError, match="fall strictly"):
+        shifted_by_size([1, 1, 0.5], 0.5)
+    with pytest.raises(ValueError, match="at least 1 step"):
+        qwen_layered(0, 1024)
+
+
 def test_stable_diffusion_cpp() -> None:
     seen = set()
     with np.load(GOLDEN / "sd_cpp.npz") as golden:
@@ -41,7 +71,7 @@ def test_stable_diffusion_cpp() -> None:
                 # libm's exp and atan in float32 differ from numpy's in the last place
                 np.testing.assert_allclose(ours, golden[key], rtol=0, atol=5e-7, err_msg=key)
                 seen.add(name)
-    assert seen == SCHEDULES.keys() - {"diffusers", "normal"}
+    assert seen == SCHEDULES.keys() - {"diffusers", "normal", "qwen_image"}
 
 
 @pytest.mark.parametrize(
@@ -74,7 +104,7 @@ def test_every_schedule_falls_to_zero(name: str, n: int) -> None:
     assert 0.99 < values[0] <= 1 or (name, n) == ("bong_tangent", 1)  # which starts in the middle
 
 
-@pytest.mark.parametrize("name", ["flux", "flux2", "ltx2", "logit_normal"])
+@pytest.mark.parametrize("name", ["flux", "flux2", "ltx2", "logit_normal", "qwen_image"])
 def test_larger_pictures_stay_noisy_longer(name: str) -> None:
     small, large = sigmas(name, 8, n_positions=1024), sigmas(name, 8, n_positions=4096)
     assert (small[1:-2] < large[1:-2]).all()

@@ -19,7 +19,11 @@ stores no weights: it runs the three models of the other files.
     qwen25_vl.npz             config, weights/<HF name> of language model and vision tower, and cases: text/{ids [L],
                               hidden [L,64]}, picture/{pixels [3,H,W], grid, tower [n,64], ids, hidden (positions one
                               after the other), hidden_grid (positions of the grid)}
+    autoencoder_qwen.npz      config, weights/<diffusers name>, {latents [16,h,w] (unscaled), decoded [3,H,W]} and
+                              {pixels [3,H,W] in [-1,1], mean [16,h,w]}
     schedules.npz             shift_<s>/<n>: the n+1 sigmas of the Z-Image pipelines
+    qwen_schedules.npz        text/<patches>/<n>: the n+1 sigmas of the Qwen-Image pipelines; layered/<patches>/<n>: those of
+                              the layered one
     noise.npz                 seed_<s>/<n>: torch.randn of a fresh CPU generator; mixed/<i>: calls on one generator
     pipeline.npz              tokenizer (a tokenizer.json), runs: settings and results of whole pipelines
 
@@ -43,6 +47,7 @@ import numpy as np
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLQwenImage,
     FlowMatchEulerDiscreteScheduler,
     QwenImagePipeline,
     QwenImageTransformer2DModel,
@@ -51,6 +56,7 @@ from diffusers import (
     ZImageTransformer2DModel,
 )
 from diffusers.models.transformers.transformer_z_image import TimestepEmbedder
+from diffusers.pipelines.qwenimage.pipeline_qwenimage import calculate_shift, retrieve_timesteps
 from diffusers.pipelines.z_image.pipeline_z_image import get_default_z_image_sigmas
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLModel, Qwen3Config, Qwen3Model
@@ -86,11 +92,11 @@ def randomize(module: torch.nn.Module, seed: int, levels: float = 4.0) -> None:
         shape = tuple(p.shape)
         if name.endswith("pad_token"):
             mean, std = 0.0, 1.0
-        elif len(shape) >= 2 and "embed_tokens" not in name:
+        elif len(shape) >= 2 and "embed_tokens" not in name and not name.endswith("gamma"):
             mean, std = 0.0, 1.0 / math.sqrt(math.prod(shape[1:]))
         elif name.endswith("bias"):
             mean, std = 0.0, 0.2
-        elif "norm" in name or name.startswith("cap_embedder.0"):
+        elif "norm" in name or name.endswith("gamma") or name.startswith("cap_embedder.0"):
             mean, std = 1.0, 0.25
         else:
             mean, std = 0.0, 1.0
@@ -231,6 +237,16 @@ def make_autoencoder() -> AutoencoderKL:
     randomize(model, seed=3, levels=1.5)
     shrink(model, ("conv1.weight", "conv1.bias"), 2**-7)
     shrink(model.decoder, ("conv_out.weight",), 2**-2)  # clamping to [-1, 1] would hide differences
+    return model.eval()
+
+
+def make_qwen_autoencoder() -> AutoencoderKLQwenImage:
+    model = AutoencoderKLQwenImage(base_dim=8, z_dim=16)
+    randomize(model, seed=7, levels=1.5)
+    shrink(model, ("time_conv.weight",), 0.0)  # they do not run; as zeros they take no room
+    for name, p in model.named_parameters():
+        if name.endswith("time_conv.weight"):
+            p.data.view(-1)[0] = 1
     return model.eval()
 
 
@@ -399,6 +415,19 @@ def qwen_image_transformer() -> Arrays:
     return out
 
 
+def autoencoder_qwen() -> Arrays:
+    model = make_qwen_autoencoder()
+    out = {"config": text(dict(model.config)), **weights(model)}
+    latents = gaussian(100, 16, 5, 7)
+    blocks: list[torch.Tensor] = []  # the decoder clamps its last layer's output
+    model.decoder.conv_out.register_forward_hook(lambda _m, _i, output: blocks.append(output))
+    model.decode(latents[None, :, None], return_dict=False)
+    pixels = torch.round(8 * torch.tanh(gaussian(101, 3, 40, 56))) / 8
+    mean = model.encode(pixels[None, :, None]).latent_dist.mean[0, :, 0]
+    arrays = {"latents": latents, "decoded": blocks[0][0, :, 0], "pixels": pixels, "mean": mean}
+    return out | {k: v.numpy() for k, v in arrays.items()}
+
+
 def schedules() -> Arrays:
     out: Arrays = {}
     for shift in (3.0, 6.0):
@@ -406,6 +435,25 @@ def schedules() -> Arrays:
             scheduler = make_scheduler(shift)
             scheduler.set_timesteps(sigmas=get_default_z_image_sigmas(n), mu=0.5)
             out[f"shift_{shift:g}/{n}"] = scheduler.sigmas.numpy()
+    return out
+
+
+def qwen_schedules() -> Arrays:
+    out: Arrays = {}
+    settings = dict(
+        use_dynamic_shifting=True, base_shift=0.5, max_shift=0.9, base_image_seq_len=256, max_image_seq_len=8192,
+        shift=1.0, shift_terminal=0.02, time_shift_type="exponential", num_train_timesteps=1000,
+    )  # fmt: skip
+    for n in STEPS[1:]:  # the stretch divides by zero for one step
+        for n_tokens in (256, 1024, 4096, 6889):
+            scheduler = FlowMatchEulerDiscreteScheduler(**settings)
+            mu = calculate_shift(n_tokens, 256, 8192, 0.5, 0.9)
+            retrieve_timesteps(scheduler, n, "cpu", sigmas=np.linspace(1.0, 1 / n, n), mu=mu)
+            out[f"text/{n_tokens}/{n}"] = scheduler.sigmas.numpy()
+            if n_tokens == 1024:
+                levels = np.linspace(1.0, 0, n + 1)[:-1]
+                retrieve_timesteps(scheduler, n, "cpu", sigmas=levels, mu=(n_tokens / 256) ** 0.5)
+                out[f"layered/{n_tokens}/{n}"] = scheduler.sigmas.numpy()
     return out
 
 
@@ -503,9 +551,11 @@ FILES = {
     "z_image_transformer": z_image_transformer,
     "qwen3": qwen3,
     "qwen25_vl": qwen25_vl,
+    "autoencoder_qwen": autoencoder_qwen,
     "qwen_image_transformer": qwen_image_transformer,
     "autoencoder_kl": autoencoder_kl,
     "schedules": schedules,
+    "qwen_schedules": qwen_schedules,
     "noise": noise,
     "pipeline": pipeline,
 }
