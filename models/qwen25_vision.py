@@ -10,7 +10,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import floor, ceil, sqrt
+from math import ceil, floor, sqrt
 from typing import Any
 
 import numpy as np
@@ -138,7 +138,7 @@ class Layout:
 
 
 class Kernel(Module):
-    """A kernel over the pixels of a patch: ne [patch, patch, 3, n_out], or [patch, patch, 2, 3 n_out] for two frames."""
+    """A kernel over a patch's pixels: ne [patch, patch, 3, n_out], or [patch, patch, 2, 3 * n_out] for two frames."""
 
     def __init__(self, patch: int, n_out: int, n_frames: int) -> None:
         self.weight = Param((patch, patch, 3, n_out) if n_frames == 1 else (patch, patch, n_frames, 3 * n_out))
@@ -187,21 +187,22 @@ class Block(Module):
         else:
             parts = [to(x) for to in (self.attn_q, self.attn_k, self.attn_v)]
         q, k, v = (ops.reshape(part, c.head_dim, c.n_heads, n) for part in parts)
-        half = c.head_dim // 2
-        q, k = (
-            ops.rope_multi(t, position, half, (half // 2, half // 2), ops.ROPE_VISION, freq_base=ROPE_THETA, inplace=True)
-            for t in (q, k)
-        )
+        q, k = self._turned(q, position), self._turned(k, position)
         results, start = [], 0
         for size, count in windows:
             offset = start * q.nb[2]
             ne, nb = (c.head_dim, c.n_heads, size, count), (q.nb[1], q.nb[2], size * q.nb[2])
-            results.append(attention(*(ops.view(t, ne, nb, offset) for t in (q, k, v))))  # ne [dim, size * count]
+            q_part, k_part, v_part = (ops.view(t, ne, nb, offset) for t in (q, k, v))
+            results.append(attention(q_part, k_part, v_part))  # ne [dim, size * count]
             start += size * count
         y = results[0]
         for result in results[1:]:
             y = ops.concat(y, result, dim=1)
         return y  # ne [dim, n_tokens]
+
+    def _turned(self, x: Tensor, position: Tensor) -> Tensor:
+        n = self.config.head_dim // 2  # pairs: half of them turn with the row, half with the column
+        return ops.rope_multi(x, position, n, (n // 2, n // 2), ops.ROPE_VISION, freq_base=ROPE_THETA, inplace=True)
 
 
 class Tower(Module):
@@ -243,7 +244,7 @@ class Qwen25Vision(Module):
         return last(ops.gelu_erf(x))  # ne [out_dim, n_tokens / 4]
 
     def graph(self, backend: Backend, layout: Layout) -> Graph:
-        """Inputs patches [n_tokens, 3 * patch * patch] and position [4 * n_tokens]; output rows, in the layout's order."""
+        """Inputs patches [n_tokens, 3 patch²] and position [4 n_tokens]; output rows, in the layout's order."""
         c, n = self.config, MERGE**2 * layout.order.size
         graph = Graph(backend, n_nodes=128 + (40 + 12 * len(layout.windows)) * c.n_layers)
         patches = graph.input((3 * c.patch**2, n), name="patches")
@@ -270,7 +271,9 @@ class Qwen25Vision(Module):
         return out
 
 
-def size_for(width: int, height: int, multiple: int = 28, smallest: int = 56**2, largest: int = 3584**2) -> tuple[int, int]:
+def size_for(
+    width: int, height: int, multiple: int = 28, smallest: int = 56**2, largest: int = 3584**2
+) -> tuple[int, int]:
     """The size that a picture is scaled to: sides are the nearest multiples, fewer or more where the number of pixels
     would be out of bounds. The bounds are those of Qwen2.5-VL's preprocessor.
     """

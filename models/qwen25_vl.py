@@ -67,7 +67,8 @@ class Qwen25VLConfig:
         n_q, n_kv = (checkpoint[f"blk.0.attn_{x}.bias"].ne[0] for x in "qk")
         found = _settings(checkpoint)
         head_dim = n_q // int(found["n_heads"]) if found.get("n_heads") else 128
-        sections = tuple(int(n) for n in found.get("sections") or (head_dim // 8, head_dim // 16 * 3, head_dim // 16 * 3))
+        usual = (head_dim // 8, head_dim // 16 * 3, head_dim // 16 * 3)
+        sections = tuple(int(n) for n in found.get("sections") or usual)
         if not head_dim or n_q % head_dim or n_kv % head_dim or len(sections) < 3 or sum(sections) != head_dim // 2:
             problem = f"{n_q} and {n_kv} do not divide into heads of {head_dim} with rope sections {sections}"
             raise LoadError(problem, path=checkpoint.path)

@@ -22,8 +22,7 @@ stores no weights: it runs the three models of the other files.
     autoencoder_qwen.npz      config, weights/<diffusers name>, {latents [16,h,w] (unscaled), decoded [3,H,W]} and
                               {pixels [3,H,W] in [-1,1], mean [16,h,w]}
     schedules.npz             shift_<s>/<n>: the n+1 sigmas of the Z-Image pipelines
-    qwen_schedules.npz        text/<patches>/<n>: the n+1 sigmas of the Qwen-Image pipelines; layered/<patches>/<n>: those of
-                              the layered one
+    qwen_schedules.npz        text/<patches>/<n>: the n+1 sigmas of the Qwen-Image pipelines; layered/<patches>/<n>
     noise.npz                 seed_<s>/<n>: torch.randn of a fresh CPU generator; mixed/<i>: calls on one generator
     pipeline.npz              tokenizer (a tokenizer.json), runs: settings and results of whole pipelines
 
