@@ -9,6 +9,7 @@ typedef int nothing;  // C wants a file to hold something, also in a native buil
 
 #include "attention.h"
 #include "conv.h"
+#include "gelu.h"
 #include "gemm.h"
 
 #include <stdlib.h>
@@ -16,7 +17,9 @@ typedef int nothing;  // C wants a file to hold something, also in a native buil
 
 struct kernels {
     __typeof__(pyggml_attention) * attention;
+    __typeof__(pyggml_channel_norm) * channel_norm;
     __typeof__(pyggml_conv2d_3x3) * conv2d_3x3;
+    __typeof__(pyggml_gelu) * gelu;
     __typeof__(pyggml_group_norm) * group_norm;
     __typeof__(pyggml_mul_mat) * mul_mat;
     __typeof__(pyggml_mul_mat_fits) * mul_mat_fits;
@@ -24,12 +27,15 @@ struct kernels {
 
 #define LEVEL(level)                                                                                            \
     extern __typeof__(pyggml_attention) pyggml_attention_##level;                                               \
+    extern __typeof__(pyggml_channel_norm) pyggml_channel_norm_##level;                                         \
     extern __typeof__(pyggml_conv2d_3x3) pyggml_conv2d_3x3_##level;                                             \
+    extern __typeof__(pyggml_gelu) pyggml_gelu_##level;                                                         \
     extern __typeof__(pyggml_group_norm) pyggml_group_norm_##level;                                             \
     extern __typeof__(pyggml_mul_mat) pyggml_mul_mat_##level;                                                   \
     extern __typeof__(pyggml_mul_mat_fits) pyggml_mul_mat_fits_##level;                                         \
-    static const struct kernels level = {pyggml_attention_##level, pyggml_conv2d_3x3_##level, pyggml_group_norm_##level, \
-                                         pyggml_mul_mat_##level, pyggml_mul_mat_fits_##level};
+    static const struct kernels level = {pyggml_attention_##level, pyggml_channel_norm_##level, pyggml_conv2d_3x3_##level, \
+                                         pyggml_gelu_##level, pyggml_group_norm_##level, pyggml_mul_mat_##level, \
+                                         pyggml_mul_mat_fits_##level};
 
 LEVEL(baseline)
 LEVEL(avx2)
@@ -56,6 +62,15 @@ static const struct kernels * best(void) {
 struct ggml_tensor * pyggml_attention(struct ggml_context * ctx, struct ggml_tensor * q, struct ggml_tensor * k,
                                       struct ggml_tensor * v, float scale, int n_threads) {
     return best()->attention(ctx, q, k, v, scale, n_threads);
+}
+
+struct ggml_tensor * pyggml_channel_norm(struct ggml_context * ctx, struct ggml_tensor * x, struct ggml_tensor * gamma,
+                                         float eps, bool silu) {
+    return best()->channel_norm(ctx, x, gamma, eps, silu);
+}
+
+struct ggml_tensor * pyggml_gelu(struct ggml_context * ctx, struct ggml_tensor * x, struct ggml_tensor * bias) {
+    return best()->gelu(ctx, x, bias);
 }
 
 struct ggml_tensor * pyggml_conv2d_3x3(struct ggml_context * ctx, struct ggml_tensor * x, struct ggml_tensor * w,
