@@ -389,12 +389,13 @@ def test_mixed_files(tmp_path: Path, backend: Backend, mmap: bool, caplog: pytes
         "scalar": np.array(3.5, np.float32),
         "conv3d": RNG.normal(size=(2, 3, 2, 3, 3)).astype(np.float16),
         "conv1x1": RNG.normal(size=(8, 4, 1, 1)).astype(np.float32),
+        "conv1x1x1": RNG.normal(size=(8, 4, 1, 1, 1)).astype(np.float32),
     }
     safetensors.numpy.save_file(arrays, tmp_path / "x.safetensors")
     params = {
         "f32": Param((64, 6)), "f16": Param((32, 4)), "norm": Param((64,), Type.F32), "i64": Param((10,)),
         "empty": Param((4, 0)), "scalar": Param((1,)), "conv3d": Param((3, 3, 2, 6)), "conv1x1": Param((4, 8)),
-        "absent": Param((7,), optional=True),
+        "conv1x1x1": Param((4, 8)), "absent": Param((7,), optional=True),
     }  # fmt: skip
     with load(tmp_path / "x.safetensors", backend, params, options=MODES[mmap]) as weights:
         for name, array in arrays.items():
@@ -408,8 +409,8 @@ def test_mixed_files(tmp_path: Path, backend: Backend, mmap: bool, caplog: pytes
         with pytest.raises(KeyError):
             weights["absent"]
         report = weights.report
-        assert report.n_tensors == 8 and report.n_converted == 2
-        assert (report.n_mapped, report.n_copied) == ((5, 3) if mmap else (0, 8))
+        assert report.n_tensors == 9 and report.n_converted == 2
+        assert (report.n_mapped, report.n_copied) == ((6, 3) if mmap else (0, 9))
         assert report.read_bytes == sum(a.nbytes for k, a in arrays.items() if not mmap or k in ("norm", "i64"))
         assert report.not_mapped.get("I64 becomes I32") == 1 and report.not_mapped["no elements"] == 1
         assert report.to_dict()["component"] == "test"
