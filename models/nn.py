@@ -85,16 +85,18 @@ class Linear(Module):
 
     def __call__(self, x: Tensor) -> Tensor:
         y = self.product(x)  # ne [n_out, n_tokens]
-        for add_delta in self.deltas:
-            y = add_delta(y, x)
         return y if self.bias is None else ops.add(y, self.bias.tensor)
 
     def product(self, x: Tensor) -> Tensor:
-        """W x."""
+        """W x, with what LoRAs add to it, without the bias."""
         w = self.weight.tensor
         if self.headroom != 1 and _rounds_to_f16(w, x):
-            return ops.scale(linear(w, ops.scale(x, 1 / self.headroom)), self.headroom)
-        return linear(w, x)
+            y = ops.scale(linear(w, ops.scale(x, 1 / self.headroom)), self.headroom)
+        else:
+            y = linear(w, x)
+        for add_delta in self.deltas:
+            y = add_delta(y, x)
+        return y
 
 
 class RMSNorm(Module):

@@ -17,7 +17,7 @@ from loader.describe import describe
 from loader.params import load_params
 from models import autoencoder_qwen, qwen25_vision, qwen25_vl
 from models.autoencoder_qwen import QwenAutoencoder, QwenAutoencoderConfig
-from models.nn import Linear
+from models.nn import Linear, linear_gelu
 from models.qwen25_vision import Qwen25Vision, VisionConfig
 from models.qwen25_vl import Qwen25VL, Qwen25VLConfig
 from models.qwen_image import transformer as net
@@ -330,6 +330,27 @@ def test_headroom(backend: Backend, type: Type) -> None:
     assert np.abs(out["y"] - exact).max() <= 0.01 * np.abs(exact).max()
     if type in (Type.F16, Type.Q4_1, Type.Q5_1):
         assert not np.isfinite(out["plain"]).all()  # else nobody needs the headroom any more
+
+
+def test_loras_take_part_in_every_layer(backend: Backend, tmp_path: Path) -> None:
+    """A layer whose bias is added elsewhere, before GELU, must not lose what a LoRA adds."""
+    module, weights = transformer(tmp_path, backend, "t2i")
+    up = module.transformer_blocks[0].img_mlp.net[0].proj
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((3, 64)).astype(np.float32)
+
+    def up_and_gelu() -> NDArray[np.float32]:
+        with Graph(backend, 64) as graph:
+            graph.output(linear_gelu(up, graph.input((64, 3), name="x")), name="y")
+            return graph.compute(x=x)["y"]
+
+    with weights:
+        plain = up_and_gelu()
+        up.deltas = (lambda y, _: ops.scale(y, 2.0),)  # before the bias, as in a linear layer alone
+        doubled = up_and_gelu()
+        w, b = up.weight.tensor.numpy(), up.bias.tensor.numpy()
+        for y, v in ((plain, x @ w.T + b), (doubled, 2 * (x @ w.T) + b)):
+            close_to(y, v / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (v + 0.044715 * v**3))))
 
 
 def test_patches() -> None:
