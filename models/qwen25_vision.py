@@ -277,7 +277,7 @@ def size_for(
     """The size that a picture is scaled to: sides are the nearest multiples, fewer or more where the number of pixels
     would be out of bounds. The bounds are those of Qwen2.5-VL's preprocessor.
     """
-    w, h = (max(multiple, round(side / multiple) * multiple) for side in (width, height))
+    w, h = (round(side / multiple) * multiple for side in (width, height))
     if w * h > largest:
         ratio = sqrt(width * height / largest)
         w, h = (max(multiple, floor(side / ratio / multiple) * multiple) for side in (width, height))

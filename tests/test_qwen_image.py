@@ -18,8 +18,9 @@ from loader.params import load_params
 from models import autoencoder_qwen, qwen25_vision, qwen25_vl
 from models.autoencoder_qwen import QwenAutoencoder, QwenAutoencoderConfig
 from models.nn import Linear, linear_gelu
-from models.qwen25_vision import Qwen25Vision, VisionConfig
+from models.qwen25_vision import Layout, Qwen25Vision, VisionConfig
 from models.qwen25_vl import Qwen25VL, Qwen25VLConfig
+from models.qwen_image import references
 from models.qwen_image import transformer as net
 from models.qwen_image.prompt import prompt_ids
 from models.qwen_image.transformer import QwenImageConfig, QwenImageTransformer
@@ -198,6 +199,7 @@ def test_grid_positions() -> None:
 def test_size_for_the_vision_tower() -> None:
     assert qwen25_vision.size_for(384, 384) == (392, 392)
     assert qwen25_vision.size_for(20, 10) == (84, 56)  # too small: up to 56 * 56 pixels
+    assert qwen25_vision.size_for(10, 3000) == (28, 980)  # nothing would be left of its width
     assert qwen25_vision.size_for(1000, 500, largest=28 * 28 * 100) == (392, 196)  # too large: down, rounding down
 
 
@@ -240,6 +242,28 @@ def test_half_an_autoencoder(backend: Backend, tmp_path: Path, half: str) -> Non
     checkpoint = checkpoint.renamed(autoencoder_qwen.without(other))
     with load_params(module.params(), checkpoint, backend=backend, component="vae"):
         assert all(name.startswith((half, "conv")) for name in module.params())
+
+
+# -- references ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("i", [0, 1])
+def test_references_are_scaled_as_in_the_pipeline(i: int) -> None:
+    arrays = golden("qwen_references")
+    picture, (area, tower_area) = arrays[f"{i}/picture"], arrays["areas"].tolist()
+    close_to(2 * references.for_autoencoder(picture, area) - 1, arrays[f"{i}/autoencoder"], 1e-6)
+    seen = references.for_tower(picture, tower_area)
+    rows, columns = (side // 28 for side in seen.shape[1:])
+    patches = Layout(rows, columns, np.arange(rows * columns), ()).patches(seen, 14)
+    both = np.repeat(patches.reshape(-1, 3, 1, 14 * 14), 2, axis=2)  # the reference has two frames
+    close_to(both.reshape(len(patches), -1), arrays[f"{i}/tower"], 1e-6)
+
+
+def test_sizes_of_references() -> None:
+    assert references.size_of_area(1920, 1080, 1024 * 1024) == (1376, 768)
+    assert references.size_of_area(100, 100, 384 * 384) == (384, 384)
+    with pytest.raises(ValueError, match="1 x 5000 is too thin"):
+        references.size_of_area(1, 5000, 384 * 384)
 
 
 # -- transformer -----------------------------------------------------------------------------------------------------

@@ -23,6 +23,8 @@ stores no weights: it runs the three models of the other files.
                               {pixels [3,H,W] in [-1,1], mean [16,h,w]}
     schedules.npz             shift_<s>/<n>: the n+1 sigmas of the Z-Image pipelines
     qwen_schedules.npz        text/<patches>/<n>: the n+1 sigmas of the Qwen-Image pipelines; layered/<patches>/<n>
+    qwen_references.npz       <case>/{picture [H,W,3] uint8, autoencoder [3,H',W'] in -1..1, tower [n,1176]}: what the
+                              pipeline of Edit-2509 makes of a reference, with smaller areas than the real
     noise.npz                 seed_<s>/<n>: torch.randn of a fresh CPU generator; mixed/<i>: calls on one generator
     pipeline.npz              tokenizer (a tokenizer.json), runs: settings and results of whole pipelines
 
@@ -54,11 +56,15 @@ from diffusers import (
     ZImagePipeline,
     ZImageTransformer2DModel,
 )
+from diffusers.image_processor import VaeImageProcessor
 from diffusers.models.transformers.transformer_z_image import TimestepEmbedder
 from diffusers.pipelines.qwenimage.pipeline_qwenimage import calculate_shift, retrieve_timesteps
+from diffusers.pipelines.qwenimage.pipeline_qwenimage_edit_plus import calculate_dimensions
 from diffusers.pipelines.z_image.pipeline_z_image import get_default_z_image_sigmas
+from PIL import Image
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLModel, Qwen3Config, Qwen3Model
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 Arrays = dict[str, np.ndarray]
 
@@ -75,6 +81,7 @@ CHAT_TEMPLATE = (
 STEPS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 15, 20, 25, 28, 30, 40, 50)
 SEEDS = (0, 42, 123456789, 2**32 + 5)
 SIZES = (1, 2, 7, 15, 16, 17, 31, 64, 100, 2240)
+AUTOENCODER_AREA, TOWER_AREA = 96 * 96, 80 * 80
 MIXED = (7, 16, 3, 33, 1, 2)
 
 
@@ -456,6 +463,22 @@ def qwen_schedules() -> Arrays:
     return out
 
 
+def qwen_references() -> Arrays:
+    out: Arrays = {"areas": np.array([AUTOENCODER_AREA, TOWER_AREA], np.int32)}
+    resize = VaeImageProcessor(vae_scale_factor=16)
+    processor = Qwen2VLImageProcessorPil()
+    for i, (height, width) in enumerate([(40, 61), (150, 90)]):
+        wave = np.sin(np.arange(height)[:, None] / 5) + np.cos(np.arange(width) / 7)
+        picture = np.rint(60 * np.stack([wave, wave[::-1], -wave], -1) + 128).astype(np.uint8)
+        image = Image.fromarray(picture)
+        w, h = calculate_dimensions(AUTOENCODER_AREA, width / height)
+        seen = resize.resize(image, *calculate_dimensions(TOWER_AREA, width / height)[::-1])
+        out[f"{i}/picture"] = picture
+        out[f"{i}/autoencoder"] = resize.preprocess(image, h, w)[0].numpy()
+        out[f"{i}/tower"] = np.asarray(processor(seen, return_tensors="np")["pixel_values"], np.float32)
+    return out
+
+
 def noise() -> Arrays:
     out: Arrays = {}
     for seed in SEEDS:
@@ -555,6 +578,7 @@ FILES = {
     "autoencoder_kl": autoencoder_kl,
     "schedules": schedules,
     "qwen_schedules": qwen_schedules,
+    "qwen_references": qwen_references,
     "noise": noise,
     "pipeline": pipeline,
 }
