@@ -15,6 +15,7 @@ from .gguf import MAGIC, read_gguf
 from .limits import DEFAULT_LIMITS, Limits
 from .mapped import MappedFile, TensorInfo
 from .safetensors import read_safetensors
+from .scales import attach_scales
 from .shards import read_index, sibling_parts
 from .strict_json import read_json
 
@@ -125,12 +126,17 @@ class Checkpoint(Mapping[str, TensorInfo]):
         )
 
     def read(self, name: str) -> np.ndarray[Any, Any]:
-        """A copy of one tensor, in numpy's order of dimensions. BF16 comes as float32 (exactly); quantised and 8-bit
-        float types as the raw bytes, uint8 of one dimension. Raises `LoadError`, `KeyError`.
+        """A copy of one tensor, in numpy's order of dimensions. BF16 comes as float32 (exactly), as do 8-bit weights
+        that have a scale, multiplied by it; quantised and other 8-bit float types as the raw bytes, uint8 of one
+        dimension. `loader.convert.read_float32` has the values of every type. Raises `LoadError`, `KeyError`.
         """
         import numpy as np
 
         info = self[name]
+        if info.scale is not None:
+            from .convert import read_float32
+
+            return read_float32(info).reshape(info.shape)
         data = info.file.read_at(info.offset, info.n_bytes)
         if info.dtype == "BF16":
             return (np.frombuffer(data, "<u2").astype("<u4") << 16).view("<f4").reshape(info.shape)
@@ -171,13 +177,41 @@ def open_checkpoint(
     *,
     limits: Limits = DEFAULT_LIMITS,
     roots: Sequence[str | os.PathLike[str]] = (),
+    raw: bool = False,
 ) -> Checkpoint:
     """Open a gguf or safetensors file, one part of a split file, a shard index, or the folder of one component.
 
     What a file is, its bytes decide, not its name. `roots` are folders, besides the index's own, that shards may be
-    links into; the blobs of a Hugging Face cache are allowed without. Raises `LoadError`.
+    links into; the blobs of a Hugging Face cache are allowed without. Scale tensors of 8-bit weights belong to their
+    weight (`TensorInfo.scale`), are multiplied in when it is read, and are no tensors of their own: `raw` shows them
+    as the file has them. Raises `LoadError`.
     """
-    place = os.fspath(path)
+    checkpoint = _open(os.fspath(path), limits, roots)
+    if raw:
+        return checkpoint
+    try:
+        return _scaled(checkpoint)
+    except BaseException:
+        checkpoint.close()
+        raise
+
+
+def _scaled(checkpoint: Checkpoint) -> Checkpoint:
+    tensors, unused = attach_scales(checkpoint._tensors, checkpoint.metadata)
+    if tensors is checkpoint._tensors:
+        return checkpoint
+    n_scaled = sum(1 for info in tensors.values() if info.scale is not None)
+    n_inputs = sum(1 for info in unused if "input" in info.name)
+    note = f"{n_scaled} weights have a scale, which is multiplied in when they are read"
+    if n_inputs:
+        note += f"; {n_inputs} scales of activations are not needed, computing is in 16 or 32 bits"
+    log.info("%s: %s", printable(checkpoint.path), note)
+    scaled = checkpoint._with(tensors)
+    scaled.warnings = (*checkpoint.warnings, note)
+    return scaled
+
+
+def _open(place: str, limits: Limits, roots: Sequence[str | os.PathLike[str]]) -> Checkpoint:
     if os.path.isdir(place):
         return _open_folder(place, limits, roots)
     file = MappedFile(place)
@@ -364,7 +398,7 @@ def _open_folder(folder: str, limits: Limits, roots: Sequence[str | os.PathLike[
             hint=f"give one of its folders: {', '.join(map(printable, parts))}",
         )
     path = os.path.join(folder, _choose(folder, names, limits))
-    checkpoint = open_checkpoint(path, limits=limits, roots=roots)
+    checkpoint = _open(path, limits, roots)
     try:
         config = _config(path, limits)
     except BaseException:
@@ -422,4 +456,4 @@ def _rename(name: str, rules: Sequence[tuple[re.Pattern[str], str | None]]) -> s
 
 
 def _named(info: TensorInfo, name: str) -> TensorInfo:
-    return TensorInfo(name, info.ne, info.dtype, info.file, info.offset, info.n_bytes, info.name_in_file)
+    return TensorInfo(name, info.ne, info.dtype, info.file, info.offset, info.n_bytes, info.name_in_file, info.scale)

@@ -144,7 +144,9 @@ class TypeCount:
 
 @dataclass(frozen=True, slots=True)
 class Description:
-    """What a checkpoint is; made by `describe`. `n_blocks` counts the repeated blocks by their group's name."""
+    """What a checkpoint is; made by `describe`. `n_blocks` counts the repeated blocks by their group's name, `n_scaled`
+    the 8-bit weights that have a scale tensor.
+    """
 
     path: str
     format: str
@@ -158,6 +160,7 @@ class Description:
     n_files: int
     file_bytes: int
     types: dict[str, TypeCount]
+    n_scaled: int
     n_blocks: dict[str, int]
     metadata: dict[str, str]
     warnings: tuple[str, ...]
@@ -194,6 +197,8 @@ class Description:
         for name, t in self.types.items():
             sizes = f"{_count(t.n_parameters)} parameters, {_size(t.n_bytes)}"
             lines.append(f"  {name:<12}  {_plural(t.n_tensors, 'tensor')}, {sizes}")
+        if self.n_scaled:
+            lines.append(f"  scaled        {_plural(self.n_scaled, 'tensor')} with a scale")
         if self.metadata:
             lines.append("  metadata")
             lines += [f"    {printable(key)} = {value}" for key, value in self.metadata.items()]
@@ -234,6 +239,7 @@ def describe(checkpoint: Checkpoint) -> Description:
         n_files=len(checkpoint.files),
         file_bytes=sum(file.n_bytes for file in checkpoint.files),
         types={name: TypeCount(*counts) for name, counts in by_size},
+        n_scaled=sum(1 for info in checkpoint.values() if info.scale is not None),
         n_blocks=_count_blocks(checkpoint),
         metadata={key: _shown(value) for key, value in checkpoint.metadata.items()},
         warnings=checkpoint.warnings,

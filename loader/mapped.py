@@ -330,7 +330,7 @@ class TensorInfo:
     `ne` is the shape in ggml's order, fastest dimension first, with as many dimensions as the file gives
     (safetensors: up to 8). `dtype` is ggml's type name ("F16", "Q4_K") or, for what ggml does not have,
     safetensors' ("F8_E4M3", "U8"). `offset` is from the start of the file. `name_in_file` differs from `name`
-    after renaming.
+    after renaming. `scale` is the tensor that the values must be multiplied by (`loader.scales`).
     """
 
     name: str
@@ -340,6 +340,7 @@ class TensorInfo:
     offset: int
     n_bytes: int
     name_in_file: str
+    scale: TensorInfo | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:

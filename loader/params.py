@@ -20,8 +20,7 @@ from pyggml.lib import ffi, lib
 from pyggml.types import BufferUsage, DeviceType
 
 from .checkpoint import Checkpoint
-from .convert import STAGING, convert
-from .dtypes import GGML_TYPES, SAFETENSORS_BITS
+from .convert import STAGING, block_of, convert
 from .errors import LoadError, printable
 from .mapped import MappedFile, TensorInfo
 from .options import LoadOptions
@@ -33,7 +32,6 @@ log = logging.getLogger("pyggml.loader")
 _MB: Final = 1 << 20
 _N_READERS: Final = 4  # copying waits for page faults and the disk more than for the processor
 _PIECE: Final = 4 * _MB  # what one of them copies at a time
-_BLOCK: Final = {name: (block, n_bytes) for name, block, n_bytes in GGML_TYPES.values()}
 
 Progress = Callable[[int, int], None]
 
@@ -383,7 +381,7 @@ def _copy_piece(p: Placement, file: MappedFile, tensor: Tensor, at: int) -> int:
 def _convert_tensor(p: Placement, file: MappedFile, tensor: Tensor) -> Any:
     """Bytes of another type, by pieces that are whole blocks of both types. Yields bytes read."""
     info, n_per_row = p.info, p.ne[0] if p.ne else 1
-    source_block, source_bytes = _BLOCK.get(info.dtype) or (1, SAFETENSORS_BITS[info.dtype] // 8)
+    source_block, source_bytes = block_of(info.dtype)
     block = lcm(source_block, p.type.block_size)
     # bytes of an element as read, as float32 twice, as set
     widest = source_bytes / source_block + 8 + p.type.type_size / p.type.block_size
@@ -401,7 +399,7 @@ def _convert_tensor(p: Placement, file: MappedFile, tensor: Tensor) -> Any:
         else:
             file.read_into(start, raw.data)
         try:
-            out = convert(raw, info.dtype, p.type, min(n_per_row, n))
+            out = convert(raw, info, p.type, min(n_per_row, n), first=first)
         except OverflowError as e:
             raise _not_representable(info, str(e)) from None
         lib.ggml_backend_tensor_set(

@@ -127,8 +127,8 @@ def plan_params(
         if info is None:
             (absent if optional else missing).append(name)
             continue
-        kind = native_type(info.dtype) if type is None else type
-        if kind is None or not (is_same(info.dtype, kind) or can_convert(info.dtype, kind)):
+        kind = native_type(info) if type is None else type
+        if kind is None or not (is_same(info.dtype, kind) or can_convert(info, kind)):
             target = "a type of ggml" if kind is None else kind.name
             wrong.append(f"{_shown(info)} is {info.dtype}, which cannot become {target}")
         elif not _fits(ne, info, kind):
@@ -164,7 +164,8 @@ def _reading(file: MappedFile, options: LoadOptions) -> tuple[Reading, str]:
 
 def _why_not_mapped(info: TensorInfo, kind: Type) -> str:
     if not is_same(info.dtype, kind):
-        return f"{info.dtype} becomes {kind.name}"
+        scaled = "" if info.scale is None else " with a scale"
+        return f"{info.dtype}{scaled} becomes {kind.name}"
     if info.n_bytes == 0:
         return "no elements"
     # What a load of one element needs. ggml's kernels on the processor use unaligned vector loads for weights.

@@ -31,6 +31,7 @@ from loader import (
 )
 from loader.convert import convert, to_float32
 from loader.dtypes import GGML_TYPES, QUANTISED
+from loader.mapped import TensorInfo
 from loader.placement import device_of, maps_files, plan_params
 from pyggml import (
     Backend,
@@ -559,12 +560,16 @@ def test_bfloat16_is_exact_in_f32_and_checked_in_f16(tmp_path: Path, backend: Ba
 
 
 def test_integers_are_checked() -> None:
+    def info(dtype: str, n: int) -> TensorInfo:
+        return TensorInfo("x", (n,), dtype, None, 0, 8 * n, "x")  # type: ignore[arg-type]  # no file is read
+
     big = np.array([1, 2**40]).view(np.uint8)
     with pytest.raises(OverflowError):
-        convert(big, "I64", Type.I32, 2)
-    assert convert(np.array([-5, 7]).view(np.uint8), "I64", Type.I32, 2).view(np.int32).tolist() == [-5, 7]
+        convert(big, info("I64", 2), Type.I32, 2)
+    small = np.array([-5, 7]).view(np.uint8)
+    assert convert(small, info("I64", 2), Type.I32, 2).view(np.int32).tolist() == [-5, 7]
     with pytest.raises(OverflowError):
-        convert(np.array([1e300]).view(np.uint8), "F64", Type.F32, 1)
+        convert(np.array([1e300]).view(np.uint8), info("F64", 1), Type.F32, 1)
 
 
 # matching
