@@ -17,7 +17,7 @@ from .mapped import MappedFile, TensorInfo
 from .safetensors import read_safetensors
 from .scales import attach_scales
 from .shards import read_index, sibling_parts
-from .strict_json import read_json
+from .strict_json import parse_json, read_json
 
 if TYPE_CHECKING:
     import numpy as np
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("pyggml.loader")
 
 Format: TypeAlias = Literal["gguf", "safetensors"]
+CONFIG_KEY: Final = "pyggml.config"  # a metadata key: the config.json of a checkpoint that was written as one file
 Rules: TypeAlias = Iterable[tuple["str | re.Pattern[str]", "str | None"]]
 
 # Beginnings of files that people hand us in place of a checkpoint, and what to say.
@@ -45,8 +46,9 @@ class Checkpoint(Mapping[str, TensorInfo]):
     """Tensors of one or several files, by name; no data is read until somebody asks for it.
 
     `metadata` is what the file says of itself (gguf keys, safetensors' `__metadata__`), `config` the config.json beside
-    it or {}, `files` the open files, `warnings` what was odd but harmless. The checkpoint keeps its files open;
-    `close()` closes them, also for the checkpoints made from it by `renamed` and `without_prefix`.
+    it, or what `pyggml convert` kept of one, or {}, `files` the open files, `warnings` what was odd but harmless. The
+    checkpoint keeps its files open; `close()` closes them, also for the checkpoints made from it by `renamed` and
+    `without_prefix`.
     """
 
     def __init__(
@@ -237,7 +239,17 @@ def _open_file(file: MappedFile, kind: Format, limits: Limits) -> Checkpoint:
             field="split.count",
             hint="keep the names that end in -00001-of-0000N.gguf",
         )
-    return Checkpoint(file.path, kind, tensors, files=[file], metadata=metadata)
+    return Checkpoint(file.path, kind, tensors, files=[file], metadata=metadata, config=_kept_config(metadata, file))
+
+
+def _kept_config(metadata: Mapping[str, Any], file: MappedFile) -> Mapping[str, Any]:
+    text = metadata.get(CONFIG_KEY)
+    if text is None:
+        return {}
+    config = parse_json(text.encode(), file.path) if isinstance(text, str) else None
+    if type(config) is not dict:
+        raise LoadError("not a JSON object", kind="BadHeader", path=file.path, field=CONFIG_KEY)
+    return config
 
 
 def _read(file: MappedFile, kind: Format, limits: Limits) -> tuple[dict[str, TensorInfo], Mapping[str, Any]]:

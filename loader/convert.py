@@ -29,7 +29,7 @@ _NATIVE: Final = {
     "U32": Type.I32,
     "U64": Type.I32,
 }
-_INTEGERS: Final = frozenset({"BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64"})
+INTEGERS: Final = frozenset({"BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64"})
 _FLOATS: Final = frozenset({"F16", "BF16", "F32", "F64", "F8_E4M3", "F8_E5M2"})
 
 
@@ -82,11 +82,11 @@ def can_convert(info: TensorInfo, wanted: Type) -> bool:
     dtype = info.dtype
     if info.scale is not None:
         return wanted in (Type.F32, Type.F16, Type.BF16) or wanted.is_quantized
-    if dtype in _INTEGERS and wanted in (Type.I8, Type.I16, Type.I32, Type.I64):
+    if dtype in INTEGERS and wanted in (Type.I8, Type.I16, Type.I32, Type.I64):
         return True
-    if dtype not in _INTEGERS | _FLOATS | QUANTISED:
+    if dtype not in INTEGERS | _FLOATS | QUANTISED:
         return False
-    return wanted in (Type.F32, Type.F16, Type.BF16) or (wanted.is_quantized and dtype not in _INTEGERS)
+    return wanted in (Type.F32, Type.F16, Type.BF16) or (wanted.is_quantized and dtype not in INTEGERS)
 
 
 def convert(

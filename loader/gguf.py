@@ -139,13 +139,16 @@ Value: TypeAlias = bool | int | float | str | GGUFArray[bool] | GGUFArray[int] |
 
 @dataclass(frozen=True, slots=True)
 class GGUFHeader:
-    """What a GGUF file says about itself; `data_offset` is the byte at which tensor data may begin."""
+    """What a GGUF file says about itself; `data_offset` is the byte at which tensor data may begin, `pairs` the bytes,
+    (begin, end), of each key with its value.
+    """
 
     version: int
     alignment: int
     metadata: Mapping[str, Value]
     tensors: dict[str, TensorInfo]
     data_offset: int
+    pairs: Mapping[str, tuple[int, int]]
 
 
 def read_gguf(file: MappedFile, limits: Limits = DEFAULT_LIMITS) -> GGUFHeader:
@@ -245,12 +248,14 @@ class _Reader:
         n_tensors = self.count("number of tensors", self.limits.n_tensors, _INFO_MIN)
         n_keys = self.count("number of keys", self.limits.n_keys, _KEY_MIN)
         metadata: dict[str, Value] = {}
+        pairs: dict[str, tuple[int, int]] = {}
         for _ in range(n_keys):
             at = self.offset
             key = self.key()
             if key in metadata:
                 raise self.fail("DuplicateKey", f"{quoted(key)} stands here twice", field="key", offset=at)
             metadata[key] = self.value(key)
+            pairs[key] = (at, self.offset)
         alignment = self.alignment(metadata)
         infos = [self.tensor_info(alignment) for _ in range(n_tensors)]
         data_offset = -(-self.offset // alignment) * alignment
@@ -260,7 +265,7 @@ class _Reader:
                 raise self.fail("DuplicateTensor", "two tensors have this name", tensor=name, offset=at)
             tensors[name] = TensorInfo(name, ne, dtype, self.file, data_offset + relative, n_bytes, name)
         check_extents(tensors.values(), self.file, data_offset, alignment, self.limits)
-        return GGUFHeader(version, alignment, metadata, tensors, data_offset)
+        return GGUFHeader(version, alignment, metadata, tensors, data_offset, pairs)
 
     def version(self) -> int:
         i = self.need(4, "magic")

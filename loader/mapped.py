@@ -102,7 +102,7 @@ class MappedFile:
 
     def read_at(self, offset: int, n_bytes: int) -> bytes:
         """Exactly `n_bytes` from byte `offset`, into memory of our own. Raises `LoadError` when the file is
-        shorter.
+        shorter; no bytes are there wherever they are said to be.
         """
         fd = self.fd
         if n_bytes == 0:  # a tensor without elements may stand where the padding behind the last one was cut off
@@ -125,6 +125,8 @@ class MappedFile:
     def read_into(self, offset: int, target: Any) -> None:
         """Fill `target`, a writable buffer, from byte `offset`. Raises `LoadError` when the file is shorter."""
         view = memoryview(target).cast("B")
+        if not len(view):
+            return
         if not _HAS_PREADV:
             view[:] = self.read_at(offset, len(view))
             return

@@ -1,4 +1,4 @@
-"""The command `pyggml`: generate, plan, inspect, devices. Options are spelled as in stable-diffusion.cpp's sd-cli.
+"""The command `pyggml`: generate, plan, convert, inspect, devices. Options are spelled as in sd-cli.
 
 Exit codes: 0; 2 for bad input or a bad file, with one line `error: ...` on stderr; 1 when we fail; 130 after Ctrl-C.
 Nothing heavy is imported before a command runs.
@@ -36,6 +36,9 @@ def make_parser() -> argparse.ArgumentParser:
     _add_generate(plan)
     plan.add_argument("--json", action="store_true", help="as JSON")
     plan.set_defaults(dry_run=True)
+    _add_convert(
+        commands.add_parser("convert", help="write a model in other types", description=_CONVERT, allow_abbrev=False)
+    )
     inspect = commands.add_parser("inspect", help="say what checkpoints are, without loading them", allow_abbrev=False)
     inspect.add_argument("files", nargs="+", metavar="FILE", help="a gguf or safetensors file, an index, or a folder")
     inspect.add_argument("--json", action="store_true", help="as a JSON list")
@@ -140,6 +143,22 @@ def _size(text: str) -> int:
     return n_bytes
 
 
+_CONVERT = """Write a model as one gguf or safetensors file, in other types if asked for. Names and metadata stay.
+Vectors and sensitive tensors keep their type, as in sd-cli (docs/convert.md)."""
+
+
+def _add_convert(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("source", nargs="?", metavar="MODEL", help="a gguf or safetensors file, an index, or a folder")
+    add("-m", "--model", metavar="MODEL", help="the same, as sd-cli spells it")
+    add("-o", "--output", default="output.gguf", metavar="FILE", help="to write: .gguf or .safetensors (output.gguf)")
+    add("--type", metavar="TYPE", help="f32, f16, bf16, q8_0, q4_K, ...; an unknown one lists all (as in the file)")
+    add("--tensor-type-rules", metavar="RULES", help="regex=type,regex=type; the first that fits a name counts")
+    add("--imat-in", metavar="FILE", help="importance matrix, gguf or the older form")
+    add("-t", "--threads", type=int, metavar="N", help="all processors unless given")
+    add("-v", "--verbose", action="store_true", help="a traceback when something fails")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code."""
     parser = make_parser()
@@ -195,6 +214,10 @@ def _run(args: argparse.Namespace) -> int:
         from .generate import generate
 
         return generate(args)
+    if args.command == "convert":
+        from .convert import convert
+
+        return convert(args)
     from .about import list_devices, show_files
 
     return show_files(args.files, args.json) if args.command == "inspect" else list_devices(args.json)

@@ -329,7 +329,7 @@ def _quoted(value: str) -> str:
     return json.dumps(value, ensure_ascii=False) if any(c in value for c in ',:"\n') else value
 
 
-def _screen() -> dict[str, Any]:
+def screen() -> dict[str, Any]:
     """Size of the terminal on stderr, as tqdm's options; some say 0, and tqdm would then show nothing."""
     try:
         size = os.get_terminal_size(sys.stderr.fileno())
@@ -354,7 +354,7 @@ class _Bars:
         if done == 0:
             self._end()
             name = f"{phase} {self.image + 1}/{self.n_images}" if phase == "step" and self.n_images > 1 else phase
-            self._bar = tqdm(total=total, desc=name, bar_format=self.FORMAT, disable=None, **_screen())
+            self._bar = tqdm(total=total, desc=name, bar_format=self.FORMAT, disable=None, **screen())
         elif self._bar is not None:
             self._bar.update(done - self._bar.n)
             if done == total:

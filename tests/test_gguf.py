@@ -47,6 +47,7 @@ def test_borderline_is_accepted(tmp_path: Path, name: str) -> None:
     with open_checkpoint(write(tmp_path / "good.gguf", ACCEPTED[name])) as checkpoint:
         for info in checkpoint.values():
             assert info.offset + info.n_bytes <= max(len(ACCEPTED[name]), info.offset)
+            checkpoint.read(info.name)
 
 
 def test_trailing_bytes_on_request(tmp_path: Path) -> None:

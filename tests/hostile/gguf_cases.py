@@ -165,6 +165,7 @@ ACCEPTED = {
     "custom_alignment_64": pad(header(1, 1) + kv("general.alignment", U32, u32(64)) + info("t", (8,)), 64) + bytes(64),
     "rank_0": one(ne=(), data=bytes(4)),
     "zero_dim": one(ne=(4, 0)),
+    "zero_dim_without_padding": one(ne=(4, 0))[:-1],
     "zero_between": tensors(info("a", (8,)), info("z", (0,), offset=32), info("b", (8,), offset=32), data=bytes(64)),
     "empty_array": with_kv(kv("a", ARR, u32(STR) + u64(0))),
     "q8_0_row_of_0": one(ne=(0, 3), type_id=T_Q8_0),

@@ -1,0 +1,80 @@
+"""`pyggml convert`: a checkpoint as one gguf or safetensors file, in other types."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from types import TracebackType
+from typing import Any
+
+from .generate import screen
+
+
+def convert(args: argparse.Namespace) -> int:
+    """Write what `args` asks for. Types, rules and names are checked before anything is read."""
+    source = args.model if args.source is None else args.source
+    if source is None or (args.source is not None and args.model is not None):
+        raise ValueError("what to convert? Give one file: pyggml convert MODEL -o out.gguf --type q8_0")
+    from loader.checkpoint import open_checkpoint
+    from loader.imatrix import read_importance
+    from loader.save import save_checkpoint
+    from loader.save_plan import format_of, parse_rules, parse_type
+
+    kind = parse_type(args.type) if args.type else None
+    rules = parse_rules(args.tensor_type_rules or "")
+    format = format_of(args.output)
+    importance = read_importance(args.imat_in) if args.imat_in else None
+    # Without a change of types a safetensors file stays as it is, its scale tensors too.
+    raw = format == "safetensors" and kind is None and not rules
+    with open_checkpoint(source, raw=raw) as checkpoint, _Bars() as bars:
+        report = save_checkpoint(
+            checkpoint, args.output, type=kind, rules=rules, importance=importance,
+            n_threads=args.threads if args.threads and args.threads > 0 else None, progress=bars,
+        )  # fmt: skip
+        n_source = checkpoint.n_bytes
+    print(report.path)
+    for note in report.notes:
+        print(f"warning: {note}", file=sys.stderr)
+    seconds = f"{report.seconds:.1f} s, compared in {report.seconds_compared:.1f} s"
+    print(f"{_size(n_source)} became {_size(report.n_bytes)} in {seconds}", file=sys.stderr)
+    for name, summary in report.types.items():
+        line = f"  {name.lower():8} {summary.n_tensors:5} tensors  {_size(summary.n_bytes):>9}"
+        if summary.error:
+            line += f"  error {summary.error:.2%} (at most {summary.worst_error:.2%}, {summary.worst})"
+        print(line, file=sys.stderr)
+    for reason, n in report.kept.items():
+        print(f"  {n} kept their type: {reason}", file=sys.stderr)
+    return 0
+
+
+def _size(n_bytes: int) -> str:
+    return f"{n_bytes / 1e9:.2f} GB" if n_bytes >= 1e9 else f"{n_bytes / 1e6:.2f} MB"
+
+
+class _Bars:
+    """A bar of bytes for each phase, on a terminal; nothing elsewhere."""
+
+    def __init__(self) -> None:
+        self._bar: Any = None
+
+    def __call__(self, phase: str, done: int, total: int) -> None:
+        from tqdm import tqdm
+
+        if done == 0:
+            self._end()
+            self._bar = tqdm(
+                total=total, desc=f"{phase:8}", unit="B", unit_scale=True, disable=None, leave=False, **screen()
+            )
+        elif self._bar is not None:
+            self._bar.update(done - self._bar.n)
+
+    def _end(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+    def __enter__(self) -> _Bars:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self._end()
