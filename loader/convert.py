@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pyggml import Type, dequantize
+from pyggml.lib import ffi, lib
 from pyggml.quantize import quantize, to_bytes
 
 from .dtypes import GGML_TYPES, NUMPY_NAMES, QUANTISED, SAFETENSORS_BITS
@@ -29,6 +30,10 @@ _NATIVE: Final = {
     "U32": Type.I32,
     "U64": Type.I32,
 }
+# what ggml has no kernel for that would give the values
+_OPAQUE: Final = frozenset(
+    name for name in QUANTISED if lib.ggml_get_type_traits(Type[name]).to_float == ffi.NULL
+)
 INTEGERS: Final = frozenset({"BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64"})
 _FLOATS: Final = frozenset({"F16", "BF16", "F32", "F64", "F8_E4M3", "F8_E5M2"})
 
@@ -84,7 +89,7 @@ def can_convert(info: TensorInfo, wanted: Type) -> bool:
         return wanted in (Type.F32, Type.F16, Type.BF16) or wanted.is_quantized
     if dtype in INTEGERS and wanted in (Type.I8, Type.I16, Type.I32, Type.I64):
         return True
-    if dtype not in INTEGERS | _FLOATS | QUANTISED:
+    if dtype not in INTEGERS | _FLOATS | QUANTISED or dtype in _OPAQUE:
         return False
     return wanted in (Type.F32, Type.F16, Type.BF16) or (wanted.is_quantized and dtype not in INTEGERS)
 

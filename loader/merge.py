@@ -14,7 +14,7 @@ from pyggml import Backend, Buffer, Context, Tensor, Type
 from pyggml.lib import ffi, lib
 
 from .checkpoint import Checkpoint
-from .convert import STAGING, convert, is_same, to_float32
+from .convert import STAGING, encode, is_same, scaled_float32
 from .errors import LoadError
 from .lora import Change, add_rows
 from .mapped import TensorInfo
@@ -122,13 +122,13 @@ def _converted(
     raw: NDArray[np.uint8], info: TensorInfo, type: Type, shape: tuple[int, ...], at: int, here: Sequence[Any]
 ) -> NDArray[np.uint8]:
     try:
-        values = to_float32(raw, info.dtype)
+        values = scaled_float32(raw, info, at * (1 if len(shape) == 1 else shape[1]))
         if here:
             values = np.array(values, np.float32).reshape(shape)
             add_rows(values, at, here)
             if not np.isfinite(values).all():
                 raise OverflowError("holds values that are not finite with the LoRA merged in")
-        return convert(values.reshape(-1).view(np.uint8), "F32", type, shape[-1])
+        return encode(values.reshape(-1), type, shape[-1])
     except OverflowError as error:
         raise LoadError(str(error), kind="Overflow", path=info.file.path, tensor=info.name_in_file,
                         hint="at_runtime adds it beside the weight instead") from None  # fmt: skip

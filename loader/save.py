@@ -9,14 +9,14 @@ from __future__ import annotations
 import errno
 import os
 import re
+import secrets
 import shutil
-import tempfile
 import time
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from math import lcm, sqrt
 from typing import Any
@@ -195,16 +195,14 @@ def _check_space(target: str, n_bytes: int) -> None:
 def _replacing(target: str) -> Iterator[tuple[Any, str]]:
     """(a file open for writing beside `target`, its name); renamed at the end, removed after an exception."""
     folder, name = os.path.split(os.path.abspath(target))
-    handle, temporary = tempfile.mkstemp(prefix=f".{name}.", suffix=".part", dir=folder)
-    try:
-        with os.fdopen(handle, "wb", buffering=0) as file:
+    temporary = os.path.join(folder, f".{name}.{secrets.token_hex(4)}.part")
+    try:  # from before the file is there: an interrupt may come at any line
+        with open(temporary, "xb", buffering=0) as file:
             yield file, temporary
-        mask = os.umask(0)  # mkstemp makes private files; this one gets what the user's umask allows
-        os.umask(mask)
-        os.chmod(temporary, 0o666 & ~mask)
         os.replace(temporary, target)
     except BaseException:
-        os.unlink(temporary)
+        with suppress(FileNotFoundError):
+            os.unlink(temporary)
         raise
 
 

@@ -14,6 +14,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import copy
+from heapq import heappop, heappush
 from itertools import count, pairwise
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ from tokenizers import Regex, normalizers, pre_tokenizers
 
 from loader.checkpoint import Checkpoint
 from loader.errors import LoadError
+from loader.limits import Limits
+from loader.strict_json import read_json
 
 # Z-Image's prompt: Qwen3's chat template with one message, the answer begun, thinking allowed
 TEMPLATE = ("<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n")
@@ -39,6 +42,9 @@ QWEN2_SPECIAL = (
 )  # fmt: skip
 QWEN2_PRE = ("qwen2", "deepseek-r1-qwen")  # names of this splitting in GGUF files
 
+MAX_PROMPT = 1 << 20  # bytes
+_LONG_WORD = 100  # from here on the square of the length counts
+_FILE_LIMITS = Limits(json=64 << 20)
 _CONTROL, _USER_DEFINED = 3, 4  # GGUF's token types that are matched as a whole
 _PRINTABLE = (*range(33, 127), *range(161, 173), *range(174, 256))
 # the 256 bytes as characters, in the order of their ids in Qwen2's vocabulary
@@ -53,7 +59,8 @@ class Tokenizer:
     vocab: token -> id, bytes written as GPT-2's printable characters. merges: "left right", most urgent first.
     special: token -> id, matched in the text before anything else. split: text -> words, in those characters.
 
-    Raises ValueError when the parts do not fit together: a byte or the result of a merge has no id.
+    Raises ValueError when the parts do not fit together: a byte or the result of a merge has no id, two tokens have
+    one, or an id is none.
     """
 
     def __init__(
@@ -61,6 +68,13 @@ class Tokenizer:
     ) -> None:
         if missing := [c for c in BYTES if c not in vocab]:
             raise ValueError(f"the vocabulary lacks {len(missing)} of the 256 bytes: this is no byte-level BPE")
+        every = {**vocab, **special}
+        ids = set(every.values())
+        if set(map(type, every.values())) != {int} or min(ids) < 0 or max(ids) >= 1 << 31:
+            wrong_id = next(i for i in every.values() if type(i) is not int or not 0 <= i < 1 << 31)
+            raise ValueError(f"{str(wrong_id)[:40]!r} is no token id (0 to 2^31 - 1)")
+        if len(ids) != len(every):
+            raise ValueError(f"{len(every)} tokens have {len(ids)} ids: some share one")
         made = _made_by(merges)
         if len(made) != len(merges) or not all(map(vocab.__contains__, made)):
             wrong = next(m for m in merges if m.count(" ") != 1 or "\n" in m or m.replace(" ", "") not in vocab)
@@ -199,6 +213,8 @@ class Tokenizer:
         if bad := re.search("[\0\ud800-\udfff]", text):
             what = "a NUL character" if bad[0] == "\0" else f"half a character ({bad[0]!a})"
             raise ValueError(f"the prompt has {what} at position {bad.start()}")
+        if (n := len(text.encode())) > MAX_PROMPT:
+            raise ValueError(f"the prompt has {n} bytes, at most {MAX_PROMPT} can be used")
         ids: list[int] = []
         # with a group in the pattern, every second piece is a special token
         pieces = self._special.split(text) if special and self._special else [text]
@@ -234,6 +250,8 @@ class Tokenizer:
 
     def _merge(self, word: str) -> list[int]:
         """Byte pair encoding (Sennrich et al. 2016) of one word: the most urgent pair first, the leftmost of equals."""
+        if len(word) > _LONG_WORD:
+            return self._merge_long(word)
         parts = list(word)
         never = len(self._ranks)
         ranks = [self._ranks.get(f"{a} {b}", never) for a, b in pairwise(parts)]
@@ -246,6 +264,33 @@ class Tokenizer:
             if i < len(ranks):
                 ranks[i] = self._ranks.get(f"{parts[i]} {parts[i + 1]}", never)
         return [self.vocab[part] for part in parts]
+
+    def _merge_long(self, word: str) -> list[int]:
+        """The same with a heap of pairs and a linked list of parts: n log n, for words of thousands of characters."""
+        parts: list[str | None] = [*word]
+        following, previous = list(range(1, len(parts) + 1)), list(range(-1, len(parts) - 1))
+        heap: list[tuple[int, int, str, str]] = []
+
+        def push(i: int, j: int) -> None:
+            if i >= 0 and j < len(parts):
+                left, right = parts[i], parts[j]
+                if left is not None and right is not None and (rank := self._ranks.get(f"{left} {right}")) is not None:
+                    heappush(heap, (rank, i, left, right))
+
+        for i, j in pairwise(range(len(parts))):
+            push(i, j)
+        while heap:
+            _, i, left, right = heappop(heap)
+            j = following[i]
+            if parts[i] != left or j >= len(parts) or parts[j] != right:
+                continue  # one of the two has merged with another since
+            parts[i], parts[j] = left + right, None
+            following[i] = after = following[j]
+            if after < len(parts):
+                previous[after] = i
+            push(previous[i], i)
+            push(i, after)
+        return [self.vocab[part] for part in parts if part is not None]
 
 
 def _made_by(merges: Sequence[str]) -> list[str]:
@@ -277,10 +322,7 @@ def _splitter(normalizer: Any, pre_tokenizer: Any) -> Split:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise LoadError(f"not JSON: {error}", path=path, kind="BadHeader") from error
+    data = read_json(str(path), _FILE_LIMITS)
     if not isinstance(data, dict):
         raise LoadError("not a JSON object", path=path, kind="BadHeader")
     return data

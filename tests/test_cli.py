@@ -349,10 +349,10 @@ def saved(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
     return data.getvalue()
 
 
-def bomb() -> bytes:
-    text = zlib.compress(bytes(100_000_000), 9)
-    content = b"Comment\0\0" + text
-    chunk = struct.pack(">I", len(content)) + b"zTXt" + content + struct.pack(">I", zlib.crc32(b"zTXt" + content))
+def packed(kind: bytes, start: bytes) -> bytes:
+    """A good picture with a chunk that is 100 MB when unpacked."""
+    content = start + zlib.compress(bytes(100_000_000), 9)
+    chunk = struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
     return png(64, 64, data=bytes(64 * 193), more=chunk)
 
 
@@ -374,7 +374,10 @@ BAD_PICTURES = {
     "cut png": saved(Image.effect_noise((64, 64), 50))[:-200],
     "cut jpeg": saved(Image.effect_noise((64, 64), 50), "JPEG")[:-200],
     "damaged": saved(RED).replace(b"IDAT", b"IDAT\xff", 1),
-    "text that grows to 100 MB": bomb(),
+    "text that grows to 100 MB": packed(b"zTXt", b"Comment\0\0"),
+    "profile that grows to 100 MB": packed(b"iCCP", b"name\0\0"),
+    "tall and narrow": saved(Image.new("RGB", (15, 6000)), "JPEG"),
+    "too many pixels": png(8193, 8192, data=bytes(8192 * 1026), depth=1, colour=0),
 }
 
 
@@ -385,6 +388,16 @@ def test_a_bad_init_picture_is_one_line(
     monkeypatch.setattr(models, "load", lambda *a, **k: pytest.fail("a model was loaded"))
     Path("in.png").write_bytes(BAD_PICTURES[case])
     assert "'in.png'" in one_line(*run("generate", PROMPT, "-i", "in.png", *SMALL, capsys=capsys))
+
+
+def test_pictures_with_a_damaged_end_are_taken() -> None:
+    """All pixels are there; that the end is missing or its checksum is wrong changes none of them."""
+    from models.image import read_image
+
+    good = saved(RED)
+    red = np.broadcast_to(np.array([255, 0, 0]), (48, 64, 3))
+    for data in (good[:-12], good[:-1] + b"\0"):
+        np.testing.assert_array_equal(read_image(io.BytesIO(data), 64, 48), red)
 
 
 def test_pictures_of_every_kind_are_read_as_they_look() -> None:

@@ -23,7 +23,7 @@ import safetensors.numpy
 from tiny_models import write_tiny_models
 
 import models
-from loader import Checkpoint, LoadError, open_checkpoint
+from loader import Checkpoint, LoadError, Param, load_params, open_checkpoint
 from loader import save as saving
 from loader.convert import encode, read_float32
 from loader.dtypes import SAFETENSORS_BITS
@@ -31,7 +31,7 @@ from loader.file_heads import Entry, safetensors_head
 from loader.imatrix import read_importance
 from loader.save import SaveReport, save_checkpoint
 from loader.save_plan import TYPES, parse_rules, parse_type
-from pyggml import Type
+from pyggml import Backend, Type
 from studio import cli
 
 ROOT = Path(__file__).parents[1]
@@ -252,6 +252,19 @@ def test_what_safetensors_lacks(tmp_path: Path, source: Path) -> None:
     assert report.types["F16"].error < 1e-3
     report = convert(tmp_path / "q.gguf", tmp_path / "q4.gguf", type=Type.Q4_K)
     assert "quantised already" in report.notes[0]
+
+
+@pytest.mark.parametrize("name, number, size", [("Q8_1", 9, 36 * 16), ("Q8_K", 15, 292 * 2)])
+def test_types_that_ggml_cannot_read(tmp_path: Path, name: str, number: int, size: int) -> None:
+    """Q8_1 and Q8_K are formats of activations: copied, never converted. (Found by the fuzzer.)"""
+    head = b"GGUF" + struct.pack("<IQQQ", 3, 1, 0, 1) + b"t" + struct.pack("<IQQIQ", 2, 512, 1, number, 0)
+    (tmp_path / "q.gguf").write_bytes(head + bytes(-len(head) % 32) + bytes(-size % 32 + size))
+    convert(tmp_path / "q.gguf", tmp_path / "x.gguf", type=Type.F32)
+    assert dtypes(tmp_path / "x.gguf") == {"t": name}
+    with open_checkpoint(tmp_path / "q.gguf") as checkpoint, Backend.cpu(1) as backend:
+        params = {"t": Param((512, 1), Type.F32)}
+        with pytest.raises(LoadError, match=f"is {name}, which cannot become F32"):
+            load_params(params, checkpoint, backend=backend, component="test")
 
 
 # metadata

@@ -15,6 +15,7 @@ import pytest
 from loader import LoadError, Param, Weights, describe, load_params, open_checkpoint
 from loader import convert as conversion
 from loader.convert import read_float32, to_float32
+from loader.merge import merged_pieces
 from pyggml import Backend, Type, dequantize
 
 RNG = np.random.default_rng(3)
@@ -111,6 +112,17 @@ def test_pieces_do_not_show(tmp_path: Path, backend: Backend, monkeypatch: pytes
         monkeypatch.setattr("loader.params.STAGING", staging)
         with load(path, backend, Type.F32) as weights:
             np.testing.assert_array_equal(weights["a.weight"].numpy(), expected)
+
+
+def test_merging_a_lora_begins_with_the_scaled_values(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("loader.merge.STAGING", 1000)  # a row at a time
+    path = save(tmp_path / "x.safetensors", {"a.weight": f8(), "a.weight_scale": f32(ROWS)})
+    with open_checkpoint(path) as checkpoint:
+        pieces = dict(merged_pieces(checkpoint["a.weight"], (64, 6), Type.F32, []))
+    merged = b"".join(pieces[at].tobytes() for at in sorted(pieces))
+    np.testing.assert_array_equal(
+        np.frombuffer(merged, np.float32).reshape(6, 64), plain() * ROWS.astype(np.float32).reshape(6, 1)
+    )
 
 
 def test_quantised_on_request(tmp_path: Path, backend: Backend) -> None:

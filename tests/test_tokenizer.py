@@ -5,7 +5,10 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import os
 import random
+import re
+import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -166,11 +169,32 @@ def test_pieces_are_encoded_apart(qwen2: Tokenizer) -> None:
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("a\ud800b", "half a character .* at position 1"), ("abc\0", "a NUL character at position 3")],
+    [
+        ("a\ud800b", "half a character .* at position 1"),
+        ("abc\0", "a NUL character at position 3"),
+        ("x" * 2_000_000, "the prompt has 2000000 bytes, at most 1048576"),
+        ("e" + "\u0301" * 600_000, "the prompt has 1200001 bytes"),
+    ],
 )
 def test_text_that_is_none(qwen2: Tokenizer, text: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         qwen2.encode(text)
+
+
+def test_long_words_are_merged_the_same_way_in_less_than_the_square_of_their_time(qwen2: Tokenizer) -> None:
+    rng = random.Random(1)
+    for n in (101, 300, 1000):
+        for letters in ("ab", "abcdefgh", "xX猫犬é", "etaoin shrdlu\N{COMBINING ACUTE ACCENT}"):
+            word = "".join(qwen2._split("".join(rng.choice(letters) for _ in range(n))))
+            short = Tokenizer._merge.__get__(qwen2)
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr("models.tokenizer._LONG_WORD", 1 << 30)
+                expected = short(word)
+            assert short(word) == expected == qwen2._merge_long(word)
+    start = time.process_time()
+    assert len(qwen2.encode("x" * 100_000)) == 12_500
+    assert len(qwen2.encode("e" + "\u0301" * 50_000)) > 10_000
+    assert time.process_time() - start < 20  # it took minutes
 
 
 def test_a_prompt_is_a_str(qwen2: Tokenizer) -> None:
@@ -303,7 +327,9 @@ def test_file_refusals(tiny_json: dict[str, Any], tmp_path: Path) -> None:
         Tokenizer.from_files(tmp_path)
     path = tmp_path / "tokenizer.json"
     for content, message in (
-        ("{", "not JSON"),
+        ("{", "not valid JSON"),
+        ('{"model": 1, "model": 2}', "stands in one object twice"),
+        ("", "the file is empty"),
         ("[]", "not a JSON object"),
         ("{}", "not a tokenizer: KeyError"),
         (json.dumps(tiny_json | {"model": {"type": "Unigram", "vocab": []}}), "not a plain byte-level BPE: Unigram"),
@@ -314,6 +340,52 @@ def test_file_refusals(tiny_json: dict[str, Any], tmp_path: Path) -> None:
         with pytest.raises(LoadError, match=message) as error:
             Tokenizer.from_files(tmp_path)
         assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_vocabularies_that_are_none(tiny_json: dict[str, Any], tmp_path: Path) -> None:
+    """Ids that are none, ids that two tokens share, merges that make nothing: before a prompt is there."""
+    model = tiny_json["model"]
+    vocab, n = model["vocab"], max(model["vocab"].values())
+    for change, message in (
+        ({"vocab": vocab | {"?new": 4_000_000_000}}, "'4000000000' is no token id"),
+        ({"vocab": vocab | {"?new": -1}}, "'-1' is no token id"),
+        ({"vocab": vocab | {"?new": "7"}}, "'7' is no token id"),
+        ({"vocab": vocab | {"?new": True}}, "'True' is no token id"),
+        ({"vocab": vocab | {"?new": n}}, "some share one"),
+        ({"merges": [*model["merges"], "a b c"]}, "the merge 'a b c' does not make"),
+        ({"merges": [*model["merges"], ["a"]]}, "the merge 'a' does not make"),
+        ({"continuing_subword_prefix": "####"}, "continuing_subword_prefix"),
+    ):
+        (tmp_path / "tokenizer.json").write_text(json.dumps(tiny_json | {"model": model | change}), encoding="utf-8")
+        with pytest.raises(LoadError, match=re.escape(message)):
+            Tokenizer.from_files(tmp_path)
+    pattern = {"type": "Split", "pattern": {"Regex": "("}, "behavior": "Isolated", "invert": False}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tiny_json | {"pre_tokenizer": pattern}), encoding="utf-8")
+    with pytest.raises(LoadError, match="not a tokenizer"):
+        Tokenizer.from_files(tmp_path)
+
+
+def test_a_regex_without_end_is_an_error(tiny_json: dict[str, Any], tmp_path: Path) -> None:
+    pattern = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tiny_json | {"pre_tokenizer": pattern}), encoding="utf-8")
+    with pytest.raises(ValueError, match="cannot be split into words"):
+        Tokenizer.from_files(tmp_path).encode("a" * 28 + "b")
+
+
+def test_a_tokenizer_of_200_mb_is_not_read(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text("{")
+    os.truncate(tmp_path / "tokenizer.json", 200_000_000)  # a hole: no bytes on disk
+    with pytest.raises(LoadError, match="200000000 bytes, at most 67108864"):
+        Tokenizer.from_files(tmp_path)
+
+
+def test_templates_of_a_model_are_not_run(tiny_json: dict[str, Any], tmp_path: Path) -> None:
+    """Chat templates are programs (Jinja); ours is in the code, and nothing here imports what could run one."""
+    metadata = gguf_metadata(tiny_json)
+    attack = metadata | {"tokenizer.chat_template": "{{ ''.__class__.__mro__[1].__subclasses__() }}"}
+    ours, theirs = Tokenizer.from_gguf(attack), Tokenizer.from_gguf(metadata)
+    assert ours.apply_template("red") == theirs.apply_template("red")
+    assert "jinja2" not in sys.modules
 
 
 def test_a_template_needs_its_special_tokens(tiny_json: dict[str, Any]) -> None:
