@@ -233,7 +233,8 @@ def _open_file(file: MappedFile, kind: Format, limits: Limits) -> Checkpoint:
     tensors, metadata = _read(file, kind, limits)
     if kind == "gguf" and metadata.get("split.count", 1) not in (0, 1):
         raise LoadError(
-            f"this is one part of {metadata['split.count']}, and its name does not say where the others are",
+            f"this is one part of {_named_value(metadata['split.count'])}, "
+            "and its name does not say where the others are",
             kind="MissingFile",
             path=file.path,
             field="split.count",
@@ -305,13 +306,15 @@ def _open_parts(path: str, parts: Sequence[str], kind: Format, limits: Limits) -
                 for field, expected in (("split.no", i), ("split.count", len(parts))):
                     if metadata.get(field, expected) != expected:
                         raise LoadError(
-                            f"{metadata[field]}, but the file's name says {expected}", path=part, field=field
+                            f"{_named_value(metadata[field])}, but the file's name says {expected}",
+                            path=part,
+                            field=field,
                         )
             _merge(tensors, found)
         expected = first.get("split.tensors.count", len(tensors))
         if expected != len(tensors):
             raise LoadError(
-                f"{expected} tensors are announced, the parts hold {len(tensors)}",
+                f"{_named_value(expected)} tensors are announced, the parts hold {len(tensors)}",
                 kind="MissingTensor",
                 path=parts[0],
                 field="split.tensors.count",
@@ -321,6 +324,11 @@ def _open_parts(path: str, parts: Sequence[str], kind: Format, limits: Limits) -
             file.close()
         raise
     return Checkpoint(path, kind, tensors, files=files, metadata=first)
+
+
+def _named_value(value: object) -> str:
+    """A number of the metadata in a message; what is none may be any text."""
+    return str(value) if isinstance(value, int | float) else quoted(str(value))
 
 
 def _merge(tensors: dict[str, TensorInfo], more: Mapping[str, TensorInfo]) -> None:

@@ -160,7 +160,7 @@ def _in_safetensors(info: TensorInfo, wanted: Type | None, changed: bool) -> str
         return native.name
     if info.dtype in SAFETENSORS_BITS:
         return info.dtype
-    if wanted is not None and not wanted.is_quantized:
+    if wanted is not None and not wanted.is_quantized and can_convert(info, wanted):
         return wanted.name
     raise LoadError(
         f"is {info.dtype}, which safetensors has not",

@@ -261,6 +261,8 @@ def test_types_that_ggml_cannot_read(tmp_path: Path, name: str, number: int, siz
     (tmp_path / "q.gguf").write_bytes(head + bytes(-len(head) % 32) + bytes(-size % 32 + size))
     convert(tmp_path / "q.gguf", tmp_path / "x.gguf", type=Type.F32)
     assert dtypes(tmp_path / "x.gguf") == {"t": name}
+    with pytest.raises(LoadError, match=f"is {name}, which safetensors has not"):
+        convert(tmp_path / "q.gguf", tmp_path / "x.safetensors", type=Type.F16)
     with open_checkpoint(tmp_path / "q.gguf") as checkpoint, Backend.cpu(1) as backend:
         params = {"t": Param((512, 1), Type.F32)}
         with pytest.raises(LoadError, match=f"is {name}, which cannot become F32"):
