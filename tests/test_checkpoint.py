@@ -14,6 +14,7 @@ import gguf
 import numpy as np
 import pytest
 import safetensors.numpy
+from hostile.gguf_cases import STR, kv, text, with_kv
 from hostile.safetensors_cases import GOOD
 
 from loader import Checkpoint, Limits, LoadError, open_checkpoint
@@ -399,6 +400,13 @@ def test_gguf_parts_that_do_not_belong_together(tmp_path: Path) -> None:
     assert refusal(split(tmp_path, 2, total=7)[0]).kind == "MissingTensor"
     (tmp_path / "x-00003-of-00002.gguf").write_bytes((tmp_path / "big-00001-of-00002.gguf").read_bytes())
     assert "part 3 of 2" in str(refusal(tmp_path / "x-00003-of-00002.gguf"))
+
+
+def test_a_split_count_that_is_text_stays_one_line(tmp_path: Path) -> None:
+    """What a file says of itself may be anything, a terminal's commands too. (Found by the fuzzer.)"""
+    (tmp_path / "x.gguf").write_bytes(with_kv(kv("split.count", STR, text("2\n\x1b[2J"))))
+    error = refusal(tmp_path / "x.gguf")
+    assert error.kind == "MissingFile" and str(error).isprintable() and r"one part of '2\n\x1b[2J'" in str(error)
 
 
 def test_package_holds_no_pickle() -> None:

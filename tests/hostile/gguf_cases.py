@@ -153,7 +153,6 @@ MALFORMED = [
         tensors(info("a", ((1 << 63) - 64,), T_I8), info("b", ((1 << 63) - 64,), T_I8, (1 << 63) - 64)),
         "Overflow",
     ),
-    Case("G73_split_count_is_text", with_kv(kv("split.count", STR, text("2\n\x1b[2J"))), "MissingFile"),
     Case("G72_trailing_bytes", GOOD + b"PK\3\4" + bytes(60), "TrailingBytes"),
 ]
 
