@@ -11,31 +11,23 @@ typedef int nothing;  // C wants a file to hold something, also in a native buil
 #include "conv.h"
 #include "gelu.h"
 #include "gemm.h"
+#include "low_rank.h"
 
 #include <stdlib.h>
 #include <string.h>
 
+#define KERNELS(K, level)                                                                                       \
+    K(add_low_rank, level) K(attention, level) K(channel_norm, level) K(conv2d_3x3, level) K(gelu, level)       \
+    K(group_norm, level) K(mul_mat, level) K(mul_mat_fits, level)
+#define FIELD(name, level) __typeof__(pyggml_##name) * name;
+#define DECLARATION(name, level) extern __typeof__(pyggml_##name) pyggml_##name##_##level;
+#define VALUE(name, level) pyggml_##name##_##level,
+
 struct kernels {
-    __typeof__(pyggml_attention) * attention;
-    __typeof__(pyggml_channel_norm) * channel_norm;
-    __typeof__(pyggml_conv2d_3x3) * conv2d_3x3;
-    __typeof__(pyggml_gelu) * gelu;
-    __typeof__(pyggml_group_norm) * group_norm;
-    __typeof__(pyggml_mul_mat) * mul_mat;
-    __typeof__(pyggml_mul_mat_fits) * mul_mat_fits;
+    KERNELS(FIELD, )
 };
 
-#define LEVEL(level)                                                                                            \
-    extern __typeof__(pyggml_attention) pyggml_attention_##level;                                               \
-    extern __typeof__(pyggml_channel_norm) pyggml_channel_norm_##level;                                         \
-    extern __typeof__(pyggml_conv2d_3x3) pyggml_conv2d_3x3_##level;                                             \
-    extern __typeof__(pyggml_gelu) pyggml_gelu_##level;                                                         \
-    extern __typeof__(pyggml_group_norm) pyggml_group_norm_##level;                                             \
-    extern __typeof__(pyggml_mul_mat) pyggml_mul_mat_##level;                                                   \
-    extern __typeof__(pyggml_mul_mat_fits) pyggml_mul_mat_fits_##level;                                         \
-    static const struct kernels level = {pyggml_attention_##level, pyggml_channel_norm_##level, pyggml_conv2d_3x3_##level, \
-                                         pyggml_gelu_##level, pyggml_group_norm_##level, pyggml_mul_mat_##level, \
-                                         pyggml_mul_mat_fits_##level};
+#define LEVEL(level) KERNELS(DECLARATION, level) static const struct kernels level = {KERNELS(VALUE, level)};
 
 LEVEL(baseline)
 LEVEL(avx2)
@@ -57,6 +49,11 @@ static const struct kernels * pick(void) {
 static const struct kernels * best(void) {
     static const struct kernels * found;  // threads that race find the same
     return found ? found : (found = pick());
+}
+
+struct ggml_tensor * pyggml_add_low_rank(struct ggml_context * ctx, struct ggml_tensor * y, struct ggml_tensor * up,
+                                         struct ggml_tensor * h, int64_t at) {
+    return best()->add_low_rank(ctx, y, up, h, at);
 }
 
 struct ggml_tensor * pyggml_attention(struct ggml_context * ctx, struct ggml_tensor * q, struct ggml_tensor * k,
