@@ -113,7 +113,7 @@ def merged_pieces(
             n = min(step, end - at)
             size = info.n_bytes // n_rows
             raw = np.frombuffer(info.file.read_at(info.offset + at * size, n * size), np.uint8)
-            if here or not is_same(info.dtype, type):
+            if here or info.scale is not None or not is_same(info.dtype, type):
                 raw = _converted(raw, info, type, (n,) if is_vector else (n, width), at, here)
             yield at * (raw.nbytes // n), raw
 

@@ -24,10 +24,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, get_args
 
+import numpy as np
+
 from loader.checkpoint import Checkpoint
 from loader.dtypes import QUANTISED
 from loader.errors import printable
-from loader.lora import Change, LoraFile, LoraReport, Place, open_lora, underscored
+from loader.lora import Change, Float32, LoraFile, LoraReport, Place, add_rows, open_lora, underscored
 from loader.merge import Merged
 from loader.options import LoadOptions
 from loader.params import Param, Weights, load_params
@@ -416,6 +418,35 @@ class Loras:
                 merged.restore()
             finally:
                 merged.close()
+
+
+def changes_of(
+    checkpoint: Checkpoint, role: str, naming: Naming, loras: Sequence[tuple[Path, float]]
+) -> tuple[dict[str, Callable[[Float32], Float32]], list[LoraReport]]:
+    """What merging does to the tensors of a model's file: name in that file -> what its values become.
+
+    checkpoint: under the model's names. Keys for another component are left out, and counted. Factors are read as they
+    are needed; the LoRAs' files stay open as long as the functions live. Raises as `Lora`.
+    """
+    shapes = {role: {name: info.ne for name, info in checkpoint.items()}}
+    names = {role: naming.table({name: Param(info.ne) for name, info in checkpoint.items()})}
+    found: dict[str, list[tuple[Change, float]]] = {}
+    reports = []
+    for path, weight in loras:
+        changes, report = open_lora(path).match(names, shapes, {role: naming.unused})
+        reports.append(report)
+        for change in changes[role]:
+            found.setdefault(checkpoint[change.param].name_in_file, []).append((change, check_weight(weight)))
+
+    def merge(listed: Sequence[tuple[Change, float]]) -> Callable[[Float32], Float32]:
+        def change(values: Float32) -> Float32:
+            values = np.array(values, np.float32)
+            add_rows(values, 0, [(c, c.delta.rows(), weight) for c, weight in listed])
+            return values
+
+        return change
+
+    return {name: merge(listed) for name, listed in found.items()}, reports
 
 
 def check_weight(weight: object) -> float:

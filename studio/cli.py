@@ -154,6 +154,7 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
     add("-o", "--output", default="output.gguf", metavar="FILE", help="to write: .gguf or .safetensors (output.gguf)")
     add("--type", metavar="TYPE", help="f32, f16, bf16, q8_0, q4_K, ...; an unknown one lists all (as in the file)")
     add("--tensor-type-rules", metavar="RULES", help="regex=type,regex=type; the first that fits a name counts")
+    add("--lora", action="append", default=[], metavar="FILE[:WEIGHT]", help="merge this in; may be repeated")
     add("--imat-in", metavar="FILE", help="importance matrix, gguf or the older form")
     add("-t", "--threads", type=int, metavar="N", help="all processors unless given")
     add("-v", "--verbose", action="store_true", help="a traceback when something fails")

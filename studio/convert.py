@@ -5,9 +5,14 @@ from __future__ import annotations
 import argparse
 import sys
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .generate import screen
+from .loras import parse_option
+
+if TYPE_CHECKING:
+    from loader.checkpoint import Checkpoint
+    from loader.save import Change
 
 
 def convert(args: argparse.Namespace) -> int:
@@ -25,10 +30,11 @@ def convert(args: argparse.Namespace) -> int:
     format = format_of(args.output)
     importance = read_importance(args.imat_in) if args.imat_in else None
     # Without a change of types a safetensors file stays as it is, its scale tensors too.
-    raw = format == "safetensors" and kind is None and not rules
+    raw = format == "safetensors" and kind is None and not rules and not args.lora
     with open_checkpoint(source, raw=raw) as checkpoint, _Bars() as bars:
+        changes = _merged(checkpoint, args.lora) if args.lora else {}
         report = save_checkpoint(
-            checkpoint, args.output, type=kind, rules=rules, importance=importance,
+            checkpoint, args.output, type=kind, rules=rules, importance=importance, changes=changes,
             n_threads=args.threads if args.threads and args.threads > 0 else None, progress=bars,
         )  # fmt: skip
         n_source = checkpoint.n_bytes
@@ -45,6 +51,18 @@ def convert(args: argparse.Namespace) -> int:
     for reason, n in report.kept.items():
         print(f"  {n} kept their type: {reason}", file=sys.stderr)
     return 0
+
+
+def _merged(checkpoint: Checkpoint, options: list[str]) -> dict[str, Change]:
+    """What --lora does to the tensors; says on stderr how many keys of each file that were."""
+    from models.lora import changes_of
+    from models.z_image.components import for_merging
+
+    named, role, naming = for_merging(checkpoint)
+    changes, reports = changes_of(named, role, naming, [parse_option(text) for text in options])
+    for report in reports:
+        print("; ".join([report.sentence(), *report.warnings]), file=sys.stderr)
+    return changes
 
 
 def _size(n_bytes: int) -> str:

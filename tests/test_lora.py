@@ -27,6 +27,7 @@ from models.z_image import ZImagePipeline
 from models.z_image import transformer as net
 from pyggml import Backend, Cancelled, Type
 from pyggml.quantize import dequantize, quantize
+from studio import cli
 
 Arrays = dict[str, NDArray[Any]]
 Files = dict[str, Path]
@@ -773,6 +774,78 @@ def test_what_f16_cannot_hold(halves: Files, backend: Backend, tmp_path: Path) -
                 pipe.set_loras({big: 1})
             assert pipe.loras.active == {}
             np.testing.assert_array_equal(latents(pipe), base)
+
+
+# -- into a new file -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", ["split", "fused"])
+def test_convert_merges(
+    files: Files, fused: Files, backend: Backend, tmp_path: Path, layout: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tensors, deltas = lora_of(SCHEMES["comfy"])
+    tensors["diffusion_model.layers.0.attention_norm1.diff"] = normal(18, 64)
+    deltas["diffusion_model/layers.0.attention_norm1.weight"] = normal(18, 64)
+    path = write(tmp_path / "x.safetensors", tensors)
+    sources, paths = files if layout == "split" else fused, {}
+    for part in ("diffusion_model", "llm"):
+        paths[part] = tmp_path / part / "model.safetensors"
+        paths[part].parent.mkdir()
+        for beside in ("config.json", "tokenizer.json"):
+            if (sources[part].parent / beside).exists():
+                (paths[part].parent / beside).write_bytes((sources[part].parent / beside).read_bytes())
+        source = str(sources[part])
+        twice = ["--lora", f"{path}:0.25"] * 2
+        assert cli.main(["convert", source, "-o", str(paths[part]), *twice]) == 0
+        n = len(tensors) - 3 * len(TEXT) if part == "diffusion_model" else 3 * len(TEXT)
+        assert f"{n} of {n} keys applied" in capsys.readouterr().err
+    wanted = expected(tmp_path / "numpy", {key: 0.5 * delta for key, delta in deltas.items()}, backend)
+    with models.load(**paths, vae=sources["vae"], backend=backend) as pipe:
+        assert error(latents(pipe), wanted) < 1e-5
+
+
+def test_convert_refuses(files: Files, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    q = simple(tmp_path / "a.safetensors", "layers.0.attention.to_q")
+    out = tmp_path / "out.gguf"
+    for source, option, message in (
+        (files["vae"], str(q), "Flux autoencoder.*LoRAs are merged into"),
+        (files["llm"], str(q), "none of its 2 keys belongs"),
+        (files["diffusion_model"], f"{q}:9", "number in -8..8"),
+        (files["diffusion_model"], "none.safetensors", "No such file"),
+    ):
+        assert cli.main(["convert", str(source), "-o", str(out), "--lora", option]) == 2
+        error_line = capsys.readouterr().err
+        assert re.search(message, error_line) and error_line.count("\n") == 1
+        assert not out.exists()
+
+
+@pytest.mark.parametrize("dtype", ["F8_E4M3", "F8_E5M2"])
+def test_scales_of_8_bit_weights_count(files: Files, backend: Backend, tmp_path: Path, dtype: str) -> None:
+    """What is merged is the weight times its scale, not the bytes."""
+    name, scale = "layers.0.attention.to_q", np.float32(0.03)
+    raw = np.random.default_rng(0).integers(0, 0x60, (64, 64)).astype(np.uint8)
+    tensors = {k[8:]: v for k, v in golden(PARTS["diffusion_model"]).items() if k.startswith("weights/")}
+    entries, data = {}, b""
+    for key, (kind, values) in {
+        **{k: ("F32", v.astype("<f4")) for k, v in tensors.items()}, f"{name}.weight": (dtype, raw),
+        f"{name}.scale_weight": ("F32", np.array([scale], "<f4")),
+    }.items():  # fmt: skip
+        content = np.ascontiguousarray(values).tobytes()
+        place = [len(data), len(data) + len(content)]
+        entries[key] = {"dtype": kind, "shape": list(values.shape), "data_offsets": place}
+        data += content
+    header = json.dumps(entries).encode()
+    paths = {**files, "diffusion_model": tmp_path / "x.safetensors"}
+    paths["diffusion_model"].write_bytes(len(header).to_bytes(8, "little") + header + data)
+    lora = simple(tmp_path / "a.safetensors", name)
+    delta = normal(1, 64, RANK).astype(np.float64) @ normal(0, RANK, 64)
+    with models.load(**paths, backend=backend, lora_apply_mode="immediately") as pipe:
+        param = pipe.transformer.weights.params[f"{name}.weight"]
+        before = param.tensor.numpy().astype(np.float64)
+        pipe.set_loras({lora: 1})
+        after = param.tensor.numpy()
+    assert 0 < np.abs(before).max() and error(after, before + delta) < 4e-3
+    assert np.abs(before + delta - before / scale).max() > 1
 
 
 # -- files that are refused (reliability.md, catalogue C) ------------------------------------------------------------

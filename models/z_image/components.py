@@ -16,6 +16,7 @@ from pyggml import Backend, SplitBackend
 
 from .. import autoencoder_kl, qwen3
 from ..autoencoder_kl import AutoencoderConfig, AutoencoderKL
+from ..lora import Naming
 from ..nn import Module
 from ..qwen3 import Qwen3, Qwen3Config
 from ..split import load_split
@@ -100,3 +101,16 @@ def _load(
         load = load_split
     weights = load(module.params(), checkpoint, backend=backend, component=component, options=options)
     return Component(module, weights, checkpoint, backend, options)
+
+
+def for_merging(checkpoint: Checkpoint) -> tuple[Checkpoint, str, Naming]:
+    """A file under the model's names, its role, and how LoRA files name its modules. LoadError for other models."""
+    found = describe(checkpoint)
+    if (found.role, found.architecture) == ("diffusion model", "Z-Image"):
+        return checkpoint.without_prefix("model.diffusion_model.").renamed(net.RENAMES), "transformer", net.NAMING
+    if (found.role, found.architecture) == ("text encoder", "Qwen3"):
+        # the last layer takes part here: what is not computed in Z-Image is in the file all the same
+        naming = Naming(qwen3.ALIASES, unused=r"(norm|output_norm|lm_head|output)$")
+        return checkpoint.without_prefix("text_encoders.llm.").renamed(qwen3.RENAMES), "text_encoder", naming
+    message = f"{found.sentence()}: LoRAs are merged into Z-Image's transformer and its text encoder"
+    raise LoadError(message, kind="Unsupported", path=checkpoint.path)

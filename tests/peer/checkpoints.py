@@ -205,7 +205,7 @@ MAKERS: Mapping[str, Callable[[Path], None]] = {
 
 LORAS: Mapping[str, Callable[[Path], None]] = {
     "of-all": lambda path: write_lora(path),
-    "of-forms": lambda path: write_forms(path),
+    "of-qkv": lambda path: write_qkv_lora(path),
     "of-text": lambda path: write_text_lora(path),
 }
 
@@ -233,21 +233,13 @@ def write_lora(path: Path, seed: int = 4) -> None:
     save_file(tensors, path)
 
 
-def write_forms(path: Path, seed: int = 5) -> None:
-    """Single-file names, f32: a fused qkv with alpha, a LoHa, a LoKr."""
+def write_qkv_lora(path: Path, seed: int = 5) -> None:
+    """Single-file names, f32, with alpha: a fused qkv and a modulation."""
     rng, tensors = np.random.default_rng(seed), {}
-
-    def normal(*shape: int, std: float) -> Values:
-        return rng.standard_normal(shape, np.float32) * np.float32(std)
-
-    down, up = _factors(rng, 3 * DIM, DIM)
-    qkv, w1, w2 = (f"diffusion_model.layers.{name}" for name in (
-        "29.attention.qkv", "0.feed_forward.w1", "29.feed_forward.w2"))  # fmt: skip
-    tensors |= {f"{qkv}.lora_down.weight": down, f"{qkv}.lora_up.weight": up, f"{qkv}.alpha": np.float32([12])}
-    for w in ("w1", "w2"):
-        tensors |= {f"{w1}.hada_{w}_a": normal(FF, 8, std=0.5), f"{w1}.hada_{w}_b": normal(8, DIM, std=0.15)}
-    tensors |= {f"{w1}.alpha": np.float32([4]), f"{w2}.lokr_w1": normal(8, 8, std=0.5)}
-    tensors |= {f"{w2}.lokr_w2": normal(DIM // 8, FF // 8, std=0.01)}
+    for name, n_out, n_in in (("29.attention.qkv", 3 * DIM, DIM), ("0.adaLN_modulation.0", 4 * DIM, 256)):
+        down, up = _factors(rng, n_out, n_in)
+        stem = f"diffusion_model.layers.{name}"
+        tensors |= {f"{stem}.lora_down.weight": down, f"{stem}.lora_up.weight": up, f"{stem}.alpha": np.float32([12])}
     save_file(tensors, path)
 
 
