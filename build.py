@@ -276,7 +276,7 @@ def digest_files(paths: Sequence[Path], *more: str) -> str:
 
 def own_sources() -> list[Path]:
     """Our C and what generates C: a change here recompiles seconds, not ggml."""
-    return [*sorted(PACKAGE.glob("*.[ch]")), PACKAGE / "cdef.py"]
+    return [*sorted(PACKAGE.glob("*.[ch]")), *sorted(PACKAGE.glob("*.cpp")), PACKAGE / "cdef.py"]
 
 
 def ggml_key(options: Options, lock: dict[str, str], compilers: Sequence[Sequence[str]]) -> str:
@@ -333,7 +333,7 @@ def generate(compiler: list[str], include: Path, target: Path) -> str:
         copy = target / path.name
         if not copy.exists() or copy.read_bytes() != path.read_bytes():
             shutil.copyfile(path, copy)
-    for copy in target.glob("*.[ch]"):
+    for copy in [*target.glob("*.[ch]"), *target.glob("*.cpp")]:
         if not (PACKAGE / copy.name).exists():
             copy.unlink()
     lock: str = cdef.lock(declarations)

@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from math import lcm
@@ -26,6 +27,7 @@ from .mapped import MappedFile, TensorInfo
 from .options import LoadOptions
 from .pages import Lock, read_ahead
 from .placement import Placement, Plan, device_of, plan_params
+from .upload import Uploader, take
 
 log = logging.getLogger("pyggml.loader")
 
@@ -93,6 +95,8 @@ class LoadReport:
     locked_bytes: int = 0
     n_repacked: int = 0
     repacked_bytes: int = 0
+    uploaded_bytes: int = 0  # to a device, in upload_seconds, in which they were also read
+    upload_seconds: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -219,12 +223,16 @@ def load_params(
             n, size = plan.n_tensors("map"), plan.n_bytes("map") / _MB
             log.info("memory-mapped %d tensors in %d files (%.2f MB), taking %.2fs", n, n_mapped_files, size, seconds)
         repacked = _place_in_layouts(plan, tensors, component)
-        buffer = alloc_params_buffer(context, buffer_type, component=component)
-        allocated = repacked + (0 if buffer is None else buffer.n_bytes)
+        n_mapped_buffers = len(context.buffers)
+        alloc_params_buffer(context, buffer_type, component=component)
+        allocated = repacked + sum(buffer.n_bytes for buffer in context.buffers[n_mapped_buffers:])
         where = "RAM" if buffer_type.is_host else "VRAM"
         shown = f"{allocated / _MB:.2f} MB({where}) ({len(tensors)} tensors)"
         log.info("%s params backend buffer size = %s", component, shown)
-        read = _copy(plan, tensors, files, progress, reclaim=options.reclaim and lock is None)
+        # A server takes one thing after the other: nothing is gained there.
+        uploader = None if device.type == DeviceType.CPU or device.is_remote else Uploader(device)
+        with uploader or nullcontext():
+            read = _copy(plan, tensors, files, progress, uploader, reclaim=options.reclaim and lock is None)
         for original, placements in plan.by_file().items():
             files[original].check()
             if all(p.action != "map" for p in placements):
@@ -249,6 +257,8 @@ def load_params(
             locked_bytes=lock.n_bytes if lock else 0,
             n_repacked=plan.n_tensors("repack"),
             repacked_bytes=repacked,
+            uploaded_bytes=uploader.n_bytes if uploader else 0,
+            upload_seconds=uploader.seconds if uploader else 0.0,
         )
         if read:
             rate = f"{read / _MB:.2f} MB read, {read / _MB / max(report.seconds, 1e-9):.0f} MB/s"
@@ -327,8 +337,8 @@ def _place_in_layouts(plan: Plan, tensors: Mapping[str, Tensor], component: str)
 
 
 def _copy(
-    plan: Plan, tensors: Mapping[str, Tensor], files: Mapping[MappedFile, MappedFile], progress: Progress | None, *,
-    reclaim: bool,
+    plan: Plan, tensors: Mapping[str, Tensor], files: Mapping[MappedFile, MappedFile], progress: Progress | None,
+    uploader: Uploader | None, *, reclaim: bool,
 ) -> int:  # fmt: skip
     """Fill the tensors that are not mapped, in the order of the file. Returns the number of bytes read."""
     todo = [p for p in plan.placements if p.action != "map" and p.info.n_bytes]
@@ -337,7 +347,8 @@ def _copy(
     done = 0
     # Whatever happens, no thread writes any more once this is left: the memory may be given back then.
     with ThreadPoolExecutor(_N_READERS, "pyggml-read") as pool:
-        fill: dict[str, Callable[..., Any]] = {"copy": partial(_copy_tensor, pool), "convert": _convert_tensor}
+        copy = partial(_copy_tensor, pool) if uploader is None else partial(_upload_tensor, uploader)
+        fill: dict[str, Callable[..., Any]] = {"copy": copy, "convert": partial(_convert_tensor, uploader)}
         fill["repack"] = _repack_tensor
         for p in todo:
             tensor, file = tensors[p.name], files[p.info.file]
@@ -378,7 +389,23 @@ def _copy_piece(p: Placement, file: MappedFile, tensor: Tensor, at: int) -> int:
     return n
 
 
-def _convert_tensor(p: Placement, file: MappedFile, tensor: Tensor) -> Any:
+def _upload_tensor(uploader: Uploader, p: Placement, file: MappedFile, tensor: Tensor) -> Any:
+    """Bytes as they are, to a device. Yields bytes read."""
+    for start in range(0, p.info.n_bytes, STAGING):
+        n = min(STAGING, p.info.n_bytes - start)
+        uploader.put(tensor, start, n, partial(_read, p, file, p.info.offset + start))
+        yield n
+
+
+def _read(p: Placement, file: MappedFile, start: int, at: int, memory: memoryview) -> None:
+    """Fill `memory` with the bytes of the file from `start + at` on."""
+    if p.reading == "io":
+        memory[:] = file.view(start + at, len(memory))
+    else:
+        file.read_into(start + at, memory)
+
+
+def _convert_tensor(uploader: Uploader | None, p: Placement, file: MappedFile, tensor: Tensor) -> Any:
     """Bytes of another type, by pieces that are whole blocks of both types. Yields bytes read."""
     info, n_per_row = p.info, p.ne[0] if p.ne else 1
     source_block, source_bytes = block_of(info.dtype)
@@ -394,18 +421,17 @@ def _convert_tensor(p: Placement, file: MappedFile, tensor: Tensor) -> Any:
         n_bytes = n // source_block * source_bytes
         raw = np.empty(n_bytes, np.uint8)
         start = info.offset + first // source_block * source_bytes
-        if p.reading == "io":
-            raw.data[:] = file.view(start, n_bytes)
-        else:
-            file.read_into(start, raw.data)
+        _read(p, file, start, 0, raw.data)
         try:
             out = convert(raw, info, p.type, min(n_per_row, n), first=first)
         except OverflowError as e:
             raise _not_representable(info, str(e)) from None
-        lib.ggml_backend_tensor_set(
-            tensor.ptr, ffi.from_buffer(out), first // p.type.block_size * p.type.type_size, out.nbytes
-        )
-        check_server(tensor.ptr)
+        offset = first // p.type.block_size * p.type.type_size
+        if uploader is not None:
+            uploader.put(tensor, offset, out.nbytes, partial(take, out.reshape(-1).view(np.uint8).data))
+        else:
+            lib.ggml_backend_tensor_set(tensor.ptr, ffi.from_buffer(out), offset, out.nbytes)
+            check_server(tensor.ptr)
         yield n_bytes
 
 

@@ -87,6 +87,11 @@ def find_device(name: str, option: str = "backend") -> Device:
         raise ValueError(f"{option}: {error}") from None
 
 
+def host() -> Device:
+    """The processor."""
+    return find_device("cpu")
+
+
 def places(
     backend: Backend | str | Mapping[Module, Backend] | None = None,
     params_backend: str | None = None,
@@ -121,13 +126,11 @@ def places(
 def _rest(name: str, module: Module, computing: tuple[Device, ...]) -> Rest:
     if name.lower() == "auto":
         return "device"
-    if name.lower() == "disk":
-        return "disk"
-    if name.lower() == "cpu":
-        return "cpu"
+    if name.lower() in ("disk", "cpu") and len(computing) == 1:
+        return "disk" if name.lower() == "disk" else "cpu"
     if find_devices(name, "params_backend") != computing:
         raise ValueError(
             f"params_backend: {module} computes on {'&'.join(d.name for d in computing)}, so its parameters rest "
-            f"there, on cpu or on disk, not on {name}"
+            f"there{', on cpu or on disk' if len(computing) == 1 else ''}, not on {name}"
         )
     return "device"

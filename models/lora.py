@@ -465,6 +465,8 @@ def extra_nodes(module: Module) -> int:
 def _choose(mode: ApplyMode, target: Target) -> ApplyMode:
     if mode != "auto":
         return mode
+    if target.weights.closed:  # they rest on disk: nothing is there that could be changed
+        return "at_runtime"
     matrices = [name for name, param in target.weights.params.items() if len(param.ne) > 1 and param.loaded]
     quantised = any(target.weights[name].type.is_quantized for name in matrices)
     return "at_runtime" if quantised or target.weights.report.n_mapped else "immediately"

@@ -14,7 +14,7 @@ from loader.checkpoint import Checkpoint
 from loader.options import LoadOptions
 from loader.params import LoadReport, Param, Weights
 from loader.placement import Plan, device_of, plan_params
-from pyggml import Backend, Buffer, Context, Graph
+from pyggml import Backend, Buffer, BufferType, Context, Graph
 from pyggml.lib import ffi
 
 from .residency import Policy, Span, Use, margin, spans_of, uses_of
@@ -61,10 +61,10 @@ class StandIn(Weights):
 
 def stand_in(
     params: Mapping[str, Param], checkpoint: Checkpoint, *, backend: Backend, component: str,
-    options: LoadOptions | None = None,
+    options: LoadOptions | None = None, buffer_type: BufferType | None = None,
 ) -> Weights:  # fmt: skip
     """As loader.load_params, which it stands in for: the same plan and the same errors, nothing read or allocated."""
-    buffer_type = backend.buffer_type
+    buffer_type = buffer_type or backend.buffer_type
     device = device_of(buffer_type) or backend.device
     wanted = {name: (param.ne, param.type, param.optional) for name, param in params.items()}
     options = LoadOptions.from_environment() if options is None else options

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import weakref
 from collections.abc import Callable, Sequence
@@ -9,10 +10,12 @@ from typing import Any
 
 from . import rpc
 from .context import Context
-from .errors import GGMLError, OutOfMemory
+from .errors import DeviceLost, GGMLError, OutOfMemory
 from .handle import Handle
-from .lib import ffi, lib, take_log
+from .lib import check_call, ffi, lib, take_log
 from .types import BufferUsage, DeviceType
+
+log = logging.getLogger("pyggml.backend")
 
 
 def _text(pointer: Any) -> str:
@@ -204,10 +207,7 @@ class Backend(Handle):
     """
 
     def __init__(self, device: Device, n_threads: int | None = None) -> None:
-        ptr = lib.ggml_backend_dev_init(device.ptr, ffi.NULL)
-        device.check()
-        if ptr == ffi.NULL:
-            raise GGMLError(f"{device.name} cannot be opened: {take_log() or 'no reason given'}")
+        ptr = _open(device)
         self.device = device
         self.n_threads = 0
         pool = ffi.NULL
@@ -223,7 +223,8 @@ class Backend(Handle):
             lib.ggml_backend_cpu_set_threadpool(ptr, pool)
         # The flag that cancel() raises and the compute threads read; lives as long as the C side may look at it.
         self.cancel_flag = ffi.new("int *", 0)
-        self._own(ptr, _free_backend, ptr, pool, self.cancel_flag)
+        self.lost: list[str] = []  # why nothing can be computed any more; shared with what frees the backend
+        self._own(ptr, _free_backend, ptr, pool, self.cancel_flag, self.lost)
         self._watch_flag()
 
     @classmethod
@@ -241,6 +242,19 @@ class Backend(Handle):
         if self.can_cancel:
             callback = ffi.addressof(lib_of("pyggml_is_cancelled"), "pyggml_is_cancelled")
             ffi.cast("ggml_backend_set_abort_callback_t", found)(self.ptr, callback, self.cancel_flag)
+
+    def reopen(self) -> None:
+        """Open the device anew, after a computation that an exception ended. Graphs and buffers stay as they are."""
+        if not self.is_cpu and self._finalizer.detach():
+            lib.pyggml_backend_free(self.ptr)
+            ptr = _open(self.device)
+            self._own(ptr, _free_backend, ptr, ffi.NULL, self.cancel_flag, self.lost)
+            self._watch_flag()
+
+    def check_usable(self) -> None:
+        """DeviceLost when the device stopped working earlier."""
+        if self.lost:
+            raise DeviceLost(f"{self.device.name} was lost before: {self.lost[0]}")
 
     def cancel(self) -> None:
         """Stop the running computation, from any thread; it raises Cancelled within one operation.
@@ -284,6 +298,7 @@ class SplitBackend(Backend):
         self.n_threads = 0
         self.can_cancel = False
         self.cancel_flag = ffi.new("int *", 0)
+        self.lost: list[str] = []
 
     @property
     def name(self) -> str:
@@ -293,6 +308,10 @@ class SplitBackend(Backend):
         """Close the fallback; the parts are their owner's."""
         self.__dict__.pop("ptr", None)
         self.fallback.close()
+
+    def reopen(self) -> None:
+        """A scheduler holds on to what it was made for: what an exception ended is not computed with again."""
+        self.lost.append("a computation of several devices was ended by an exception")
 
     def check(self) -> None:
         """ServerLost when one of the parts is on an RPC server that is gone."""
@@ -314,8 +333,17 @@ def lib_of(name: str) -> Any:
     raise AttributeError(name)
 
 
-def _free_backend(ptr: Any, pool: Any, flag: Any) -> None:
-    lib.ggml_backend_free(ptr)
+def _open(device: Device) -> Any:
+    ptr = check_call(lib.pyggml_dev_init(device.ptr), f"opening {device.name}")
+    device.check()
+    if ptr == ffi.NULL:
+        raise GGMLError(f"{device.name} cannot be opened: {take_log() or 'no reason given'}")
+    return ptr
+
+
+def _free_backend(ptr: Any, pool: Any, flag: Any, lost: list[str]) -> None:
+    if not lost:  # else it may wait for ever for what it started
+        lib.pyggml_backend_free(ptr)
     if pool != ffi.NULL:
         lib.ggml_threadpool_free(pool)
 
@@ -344,8 +372,9 @@ class Buffer(Handle):
         """Memory for every tensor of `context` that has no data and is no view; None when nothing is left to allocate.
 
         Views of tensors placed after them are completed either way. `weights=True` tells ggml's scheduler that
-        operations should run where this buffer is. OutOfMemory naming `name`, the number of tensors, bytes asked and
-        bytes free; then no tensor points into memory that was given back.
+        operations should run where this buffer is. A device that refuses the memory in one piece is asked for several
+        smaller ones, which `context.buffers` then has; the first is returned. OutOfMemory naming `name`, the number of
+        tensors, bytes asked and bytes free; then no tensor points into memory that was given back.
         """
         # ggml answers NULL both when nothing is left to allocate and when an allocation failed: ask for the size first.
         n_bytes = int(lib.ggml_backend_alloc_ctx_tensors_from_buft_size(context.ptr, buffer_type.ptr))
@@ -354,17 +383,26 @@ class Buffer(Handle):
             return None
         missing = [t for t in context.tensors() if t.ptr.data == ffi.NULL and t.ptr.view_src == ffi.NULL]
         take_log()
-        ptr = lib.ggml_backend_alloc_ctx_tensors_from_buft(context.ptr, buffer_type.ptr)
+        ptr = lib.pyggml_alloc_tensors(context.ptr, buffer_type.ptr)
         if ptr == ffi.NULL:
             for tensor in missing:  # an earlier piece of the memory may have been given out, and is freed again
                 tensor.ptr.data = tensor.ptr.buffer = ffi.NULL
+            reason = take_log() or "no reason given"
+            buffers = [] if buffer_type.is_host else cls._in_pieces(missing, buffer_type, n_bytes)
+            if buffers:
+                log.info("%s: %s gives %d bytes in %d pieces", name, buffer_type.name, n_bytes, len(buffers))
+                context.buffers += buffers
+                for buffer in buffers if weights else ():
+                    lib.ggml_backend_buffer_set_usage(buffer.ptr, BufferUsage.WEIGHTS)
+                _complete_views(context)
+                return buffers[0]
             for tensor in context.tensors():
                 if tensor.ptr.view_src != ffi.NULL and tensor.ptr.view_src.data == ffi.NULL:
                     tensor.ptr.data = tensor.ptr.buffer = ffi.NULL
             buffer_type.check()
             raise OutOfMemory(
                 f"{name}: {buffer_type.name} could not allocate {n_bytes} bytes for {len(missing)} tensors, "
-                f"{buffer_type.memory_free} bytes are free; {take_log() or 'no reason given'}"
+                f"{buffer_type.memory_free} bytes are free; {reason}"
             )
         buffer = cls(ptr)
         context.buffers.append(buffer)
@@ -377,13 +415,47 @@ class Buffer(Handle):
     def of_size(cls, buffer_type: BufferType, n_bytes: int, *, name: str = "a buffer") -> Buffer:
         """A buffer that `place` puts tensors into, such as those of a layout of its own. OutOfMemory naming `name`."""
         take_log()
-        ptr = lib.ggml_backend_buft_alloc_buffer(buffer_type.ptr, n_bytes)
+        ptr = lib.pyggml_alloc_buffer(buffer_type.ptr, n_bytes)
         if ptr == ffi.NULL:
             raise OutOfMemory(
                 f"{name}: {buffer_type.name} could not allocate {n_bytes} bytes, {buffer_type.memory_free} bytes are "
                 f"free; {take_log() or 'no reason given'}"
             )
         return cls(ptr)
+
+    @classmethod
+    def _in_pieces(cls, tensors: Sequence[Any], buffer_type: BufferType, n_bytes: int) -> list[Buffer]:
+        """Memory for tensors in ever smaller buffers, down to one for each tensor; empty when there is too little."""
+        step = buffer_type.alignment
+        sizes = [
+            -(-int(lib.ggml_backend_buft_get_alloc_size(buffer_type.ptr, t.ptr)) // step) * step for t in tensors
+        ]
+        limit = n_bytes
+        while limit > max(sizes):
+            limit = max(limit // 2, max(sizes))
+            buffers: list[Buffer] = []
+            first = 0
+            while first < len(tensors):
+                end, size = first, 0
+                while end < len(tensors) and size + sizes[end] <= limit:
+                    size += sizes[end]
+                    end += 1
+                ptr = lib.pyggml_alloc_buffer(buffer_type.ptr, size)
+                if ptr == ffi.NULL:
+                    break
+                buffers.append(cls(ptr))
+                offset = 0
+                for i in range(first, end):
+                    buffers[-1]._put(tensors[i], offset)
+                    offset += sizes[i]
+                first = end
+            if first == len(tensors):
+                return buffers
+            for tensor in tensors:
+                tensor.ptr.data = tensor.ptr.buffer = ffi.NULL
+            for buffer in buffers:
+                buffer.close()
+        return []
 
     @classmethod
     def from_memory(
@@ -415,12 +487,15 @@ class Buffer(Handle):
             raise GGMLError(f"{tensor!r} has data already")
         if not 0 <= offset <= self.n_bytes - tensor.n_bytes:
             raise GGMLError(f"{tensor!r}: {tensor.n_bytes} bytes at {offset} leave a buffer of {self.n_bytes}")
+        self._put(tensor, offset)
+        if self not in tensor.ctx.buffers:
+            tensor.ctx.buffers.append(self)
+
+    def _put(self, tensor: Any, offset: int) -> None:
         base = int(ffi.cast("uintptr_t", lib.ggml_backend_buffer_get_base(self.ptr)))
         status = lib.ggml_backend_tensor_alloc(self.ptr, tensor.ptr, ffi.cast("void *", base + offset))
         if status != 0:
             raise GGMLError(f"{tensor!r} could not be placed: {_text(lib.ggml_status_to_string(status))}")
-        if self not in tensor.ctx.buffers:
-            tensor.ctx.buffers.append(self)
 
     def holds(self, tensor_ptr: Any) -> bool:
         """True when the raw tensor's data lies in this buffer."""

@@ -3,6 +3,7 @@
     GGMLError(RuntimeError)         whatever ggml or this package refuses
       ShapeError(ValueError)        an operation's arguments do not fit: shapes, types, layout
       OutOfMemory(MemoryError)      an allocation failed; names bytes asked and bytes free
+      DeviceLost                    a device stopped working; nothing can be computed on it any more
       ClosedError(ValueError)       a handle was used after close()
       Cancelled                     a computation was stopped by cancel() or Ctrl-C
       ServerLost(ConnectionError)   an RPC server cannot be reached, or went away
@@ -22,6 +23,10 @@ class ShapeError(GGMLError, ValueError):
 
 class OutOfMemory(GGMLError, MemoryError):
     """An allocation failed; the message names what for, bytes asked and bytes free."""
+
+
+class DeviceLost(GGMLError):
+    """A device stopped working (a reset, a driver's fault): its backends and buffers are of no use any more."""
 
 
 class ClosedError(GGMLError, ValueError):

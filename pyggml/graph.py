@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from .backend import Backend, Buffer, SplitBackend
 from .context import Context
-from .errors import Cancelled, GGMLError, OutOfMemory, ShapeError
+from .errors import Cancelled, DeviceLost, GGMLError, OutOfMemory, ShapeError
 from .handle import Handle
-from .lib import ffi, guard_error, lib, take_log
+from .lib import check_call, ffi, guard_error, lib, take_log
 from .tensor import Tensor
 from .types import Op, Status, Type
 
@@ -38,7 +38,7 @@ class _Allocation(Handle):
         self._own(ptr, lib.ggml_gallocr_free, ptr)
 
     def alloc(self, graph: Any) -> bool:
-        return bool(lib.ggml_gallocr_alloc_graph(self.ptr, graph))
+        return bool(lib.pyggml_alloc_graph(self.ptr, graph))
 
     @property
     def n_bytes(self) -> int:
@@ -55,10 +55,10 @@ class _Schedule(Handle):
         self._own(ptr, lib.ggml_backend_sched_free, ptr)
 
     def alloc(self, graph: Any) -> bool:
-        return bool(lib.ggml_backend_sched_alloc_graph(self.ptr, graph))
+        return bool(lib.pyggml_sched_alloc(self.ptr, graph))
 
     def compute(self, graph: Any) -> int:
-        return int(lib.ggml_backend_sched_graph_compute(self.ptr, graph))
+        return int(lib.pyggml_sched_compute(self.ptr, graph))
 
     @property
     def n_bytes(self) -> int:
@@ -278,8 +278,9 @@ class Graph(Context):
         """Set `inputs`, run every node, and return the outputs as numpy arrays (float32 for quantised types).
 
         Raises Cancelled after `backend.cancel()`, ClosedError when weights it uses are closed, what their buffers'
-        `check` raises (for mapped weights: loader.LoadError when the file changed), GGMLError when the backend fails.
-        After Ctrl-C the computation stops within one operation and KeyboardInterrupt is raised.
+        `check` raises (for mapped weights: loader.LoadError when the file changed), GGMLError when the backend fails,
+        DeviceLost when it cannot be used any more. After Ctrl-C the computation stops within one operation and
+        KeyboardInterrupt is raised.
         """
         self.set(**inputs)
         self.run()
@@ -316,6 +317,7 @@ class Graph(Context):
         for ctx in self.uses.values():
             ctx.check_open()
         self._check_rows()
+        self.backend.check_usable()
         lib.pyggml_set_flag(self.backend.cancel_flag, 0)
 
     def _run(self, compute: Any, *args: Any) -> None:
@@ -332,6 +334,14 @@ class Graph(Context):
             return
         if status == Status.ABORTED:
             raise Cancelled("the computation was cancelled")
+        try:
+            check_call(False, f"{self.backend.device.name}, computing {self!r}")
+        except DeviceLost as error:
+            self.backend.lost.append(str(error))
+            raise
+        except GGMLError:
+            self.backend.reopen()  # ggml left it in the middle of a computation
+            raise
         name = ffi.string(lib.ggml_status_to_string(status)).decode()
         raise GGMLError(f"{self.backend.device.name} failed: {name}. {take_log()}".strip())
 
@@ -361,6 +371,7 @@ class Graph(Context):
         for ctx in self.uses.values():
             ctx.check_open()
         self._check_rows()
+        self.backend.check_usable()
         lib.pyggml_set_flag(self.backend.cancel_flag, 0)
         nodes = self.nodes
         with Context(n_tensors=8 * len(nodes) + 64) as arena:

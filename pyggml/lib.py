@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from .errors import GGMLError, ShapeError
+from .errors import DeviceLost, GGMLError, OutOfMemory, ShapeError
 
 try:
     from ._ggml import ffi as ffi
@@ -106,6 +106,24 @@ def guard_error(what: str) -> GGMLError:
     if text.endswith("fatal error") or not ("GGML_ASSERT" in raw or text.startswith("check.c")):
         return ShapeError(f"{what}: ggml gives up: {text.split(': ', 1)[-1]}. {take_log()}".strip() + where)
     return ShapeError(f"{what}: ggml requires {text.split(': ', 1)[-1]} [{text.split(': ', 1)[0]}]{where}")
+
+
+def check_call(succeeded: Any, what: str) -> Any:
+    """`succeeded`, the result of a call of calls.h, unless the call threw: then the exception in Python.
+
+    DeviceLost when the device can no longer be used, OutOfMemory when memory of it is all that was missing, else
+    GGMLError; `what` is what was being done.
+    """
+    text = ffi.string(lib.pyggml_last_exception()).decode(errors="replace")
+    if not text:
+        return succeeded
+    said = take_log()
+    message = f"{what}: {text}" + (f"; {said}" if said else "")
+    if "DeviceLost" in text:
+        raise DeviceLost(f"{message}. Nothing can be computed on it any more in this process")
+    if "OutOfDeviceMemory" in text or "OutOfHostMemory" in text or text == "std::bad_alloc":
+        raise OutOfMemory(message)
+    raise GGMLError(message)
 
 
 def _caller() -> str:

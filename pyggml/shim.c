@@ -11,6 +11,7 @@
 #include "shim.h"
 
 #include "attention.h"
+#include "calls.h"
 #include "conv.h"
 #include "gelu.h"
 #include "gemm.h"
@@ -154,7 +155,7 @@ void pyggml_set_flag(int * flag, int value) {
 #if defined(_WIN32)
 // There, the interpreter's handler runs in a thread of its own, and a computation is stopped by Backend.cancel().
 enum ggml_status pyggml_compute(ggml_backend_t backend, struct ggml_cgraph * graph) {
-    return ggml_backend_graph_compute(backend, graph);
+    return pyggml_try_compute(backend, graph);
 }
 #else
 static struct sigaction previous;
@@ -191,7 +192,7 @@ enum ggml_status pyggml_compute(ggml_backend_t backend, struct ggml_cgraph * gra
     }
     atomic_flag_clear(&lock);
 
-    const enum ggml_status status = ggml_backend_graph_compute(backend, graph);
+    const enum ggml_status status = pyggml_try_compute(backend, graph);
 
     while (atomic_flag_test_and_set(&lock)) {
     }

@@ -29,7 +29,7 @@ PYGGML_API size_t pyggml_take_log(char * text, size_t n);
 PYGGML_API bool pyggml_is_cancelled(void * flag);
 PYGGML_API void pyggml_set_flag(int * flag, int value);
 
-// ggml_backend_graph_compute that Ctrl-C can stop: while it runs, SIGINT raises a flag that pyggml_is_cancelled sees, and
+// ggml_backend_graph_compute that Ctrl-C can stop and that does not throw (calls.h): while it runs, SIGINT raises a flag that pyggml_is_cancelled sees, and
 // then goes to the handler that was there before (the interpreter's, which raises KeyboardInterrupt afterwards).
 PYGGML_API enum ggml_status pyggml_compute(ggml_backend_t backend, struct ggml_cgraph * graph);
 

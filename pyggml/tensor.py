@@ -13,7 +13,7 @@ from . import quantize
 from .backend import check_server
 from .context import Context, ne_of
 from .errors import GGMLError, ShapeError
-from .lib import ffi, lib
+from .lib import check_call, ffi, lib
 from .types import Op, Type
 
 if TYPE_CHECKING:
@@ -133,7 +133,7 @@ class Tensor:
             raise GGMLError(f"{self!r}: its buffer type has no layout for this type and shape")
         raw = quantize.to_bytes(array, self.type, self.ne[0])
         if raw.nbytes:
-            lib.ggml_backend_tensor_set(ptr, ffi.from_buffer(raw), 0, raw.nbytes)
+            check_call(lib.pyggml_tensor_set(ptr, ffi.from_buffer(raw), 0, raw.nbytes), f"writing {self!r}")
             check_server(ptr)
 
     def _readable(self) -> Any:
@@ -148,7 +148,7 @@ class Tensor:
         type_, ne, nb = self.type, self.ne, self.nb
         raw = np.empty(self.n_bytes, np.uint8)
         if raw.nbytes:
-            lib.ggml_backend_tensor_get(ptr, ffi.from_buffer(raw), 0, raw.nbytes)
+            check_call(lib.pyggml_tensor_get(ptr, ffi.from_buffer(raw), 0, raw.nbytes), f"reading {self!r}")
             check_server(ptr)
         dtype = np.dtype(np.uint16) if type_ is Type.BF16 else type_.dtype
         if dtype is not None:
@@ -194,7 +194,7 @@ class Tensor:
             raise ShapeError(f"{self!r} is not contiguous")
         data = bytearray(self.n_bytes)
         if data:
-            lib.ggml_backend_tensor_get(ptr, ffi.from_buffer(data), 0, len(data))
+            check_call(lib.pyggml_tensor_get(ptr, ffi.from_buffer(data), 0, len(data)), f"reading {self!r}")
             check_server(ptr)
         return bytes(data)
 

@@ -115,6 +115,9 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
                        help="machines that run rpc-server; without --backend the model is split over them")  # fmt: skip
     where.add_argument("--backend", metavar="NAME|MODULE=NAME,...",
                        help="what computes te, diffusion and vae, a name of --list-devices")  # fmt: skip
+    where.add_argument("--params-backend", metavar="NAME|MODULE=NAME,...",
+                       help="where weights rest: cpu, disk, or (default) where they are used")  # fmt: skip
+    where.add_argument("--offload-to-cpu", action="store_true", help="--params-backend cpu")
     where.add_argument("--clip-on-cpu", action="store_true", help="te=cpu")
     where.add_argument("--vae-on-cpu", action="store_true", help="vae=cpu")
     where.add_argument("--list-devices", action="store_true", help="print names and descriptions, and exit")

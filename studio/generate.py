@@ -33,7 +33,7 @@ def generate(args: argparse.Namespace) -> int:
     files = _models(args)
     _check(args)
     options = _load_options(args)
-    backend = _backend(args)
+    backend, params_backend = _devices(args)
     wanted_loras = loras.find_all(tags, args.lora, args.lora_model_dir)
     outputs = _outputs(args.output, args.batch_count)
     report = Path(args.report) if args.report else None
@@ -52,8 +52,9 @@ def generate(args: argparse.Namespace) -> int:
     from models.image import write_png, write_whole
 
     load: dict[str, Any] = {
-        "backend": backend, "n_threads": args.threads, "options": options, "compat": args.compat,
-        "encoder": args.init_img is not None, "lora_apply_mode": args.lora_apply_mode, "memory_limit": args.max_ram,
+        "backend": backend, "params_backend": params_backend, "n_threads": args.threads, "options": options,
+        "compat": args.compat, "encoder": args.init_img is not None, "lora_apply_mode": args.lora_apply_mode,
+        "memory_limit": args.max_ram,
     }  # fmt: skip
     shape: dict[str, Any] = {
         "negative_prompt": args.negative_prompt, "width": width, "height": height,
@@ -194,8 +195,8 @@ def _load_options(args: argparse.Namespace) -> Any:
     )
 
 
-def _backend(args: argparse.Namespace) -> str:
-    """--backend with --clip-on-cpu and --vae-on-cpu, checked."""
+def _devices(args: argparse.Namespace) -> tuple[str, str]:
+    """--backend with --clip-on-cpu and --vae-on-cpu, and --params-backend with --offload-to-cpu; checked."""
     from models.devices import MODULES, find_devices, parse
 
     servers = [device.name for device in _add_servers(args)]
@@ -206,7 +207,18 @@ def _backend(args: argparse.Namespace) -> str:
         named["vae"] = "cpu"
     for name in named.values():
         find_devices(name, "--backend")
-    return ",".join(f"{module}={named.get(module, 'auto')}" for module in MODULES)
+    rests = parse(args.params_backend or "auto", "--params-backend")
+    if args.offload_to_cpu:
+        if args.params_backend:
+            raise ValueError("--offload-to-cpu is --params-backend cpu: give one of them")
+        rests = dict.fromkeys(MODULES, "cpu")
+    for name in set(rests.values()) - {"disk"}:
+        find_devices(name, "--params-backend")
+
+    def text(chosen: Mapping[Any, str]) -> str:
+        return ",".join(f"{module}={chosen.get(module, 'auto')}" for module in MODULES)
+
+    return text(named), text(rests)
 
 
 def _add_servers(args: argparse.Namespace) -> list[Device]:

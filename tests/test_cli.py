@@ -137,12 +137,13 @@ def test_every_option_in_sd_clis_spelling_reaches_the_pipeline(
         "--sigmas", "1,0.5,0", "--flow-shift", "4", "--rng", "cuda", "--init-img", "start.png", "--strength", "0.9",
         "--batch-count", "2", "--threads", "2", "--no-mmap", "--compat", "sd.cpp", "--eta", "0.5",
         "--backend", "*=cpu", "--vae-on-cpu", "--lora-apply-mode", "at_runtime", "--max-ram", "6G",
-        capsys=capsys,
+        "--params-backend", "clip=disk", capsys=capsys,
     )  # fmt: skip
     assert err == "warning: width 60 is no multiple of 8, 64 is used\nerror: enough\n" and code == 2
     assert called.pop("progress") and called.pop("on_image")
     assert called == {
         "files": ("d", "l", "v"), "backend": "te=cpu,diffusion=cpu,vae=cpu",
+        "params_backend": "te=disk,diffusion=auto,vae=auto",
         "n_threads": 2, "options": LoadOptions(mode="off"), "compat": "sd.cpp",
         "encoder": True, "prompt": "p", "negative_prompt": "n", "width": 64, "height": 128, "num_inference_steps": None,
         "guidance_scale": 2.0, "sigmas": [1.0, 0.5, 0.0], "scheduler": None, "shift": 4.0, "method": "euler_a",

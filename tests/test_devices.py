@@ -5,16 +5,22 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 from tiny_models import write_tiny_models
 
 import models
-from models.devices import MODULES, find_device, parse, places
-from pyggml import Backend, Graph, devices
+from loader.offload import Visit
+from loader.upload import Uploader, take
+from models.component import Component
+from models.devices import MODULES, Place, find_device, parse, places
+from pyggml import Backend, Buffer, BufferType, Context, Graph, OutOfMemory, devices
+from pyggml.lib import ffi, lib
 from pyggml.types import DeviceType
 
 SMALL: dict[str, Any] = {"width": 32, "height": 32, "num_inference_steps": 2, "output_type": "np"}
@@ -127,6 +133,133 @@ def test_cancel_reaches_every_backend(files: dict[str, Path], two: tuple[Backend
     assert sorted(cancelled) == [1, 2, 3]
 
 
+def test_weights_on_disk_are_read_for_each_use(
+    files: dict[str, Path], two: tuple[Backend, Backend], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with models.load(**files, backend=two[0]) as pipe:
+        expected = pipe("a red circle", **SMALL, num_images_per_prompt=2).images
+    loads: list[str] = []
+    load = Component._load
+
+    def counted(self: Component, at_backend: bool) -> Any:
+        loads.append(self._name)
+        return load(self, at_backend)
+
+    monkeypatch.setattr(Component, "_load", counted)
+    with models.load(**files, backend=two[0], params_backend="disk,vae=cpu") as pipe:
+        assert loads == ["qwen3", "z_image", "vae"]  # opened: what is wrong with a file is said now
+        assert pipe.text_encoder.weights.closed and pipe.transformer.weights.closed and not pipe.vae.weights.closed
+        loads.clear()
+        result = pipe("a red circle", negative_prompt="a blue one", guidance_scale=0.5, **SMALL)
+        assert loads == ["qwen3", "z_image"]  # both prompts, all steps: one use each
+        loads.clear()
+        result = pipe("a red circle", **SMALL, num_images_per_prompt=2)
+        assert loads == ["z_image", "z_image"]  # the prompt is remembered; each picture is a use
+        assert pipe.transformer.weights.closed and not pipe.transformer._graphs
+        assert result.report.components["z_image"].n_tensors
+    np.testing.assert_array_equal(result.images, expected)
+
+
+def test_loras_want_weights_that_stay(files: dict[str, Path], two: tuple[Backend, Backend], tmp_path: Path) -> None:
+    path = tmp_path / "lora.safetensors"
+    factors = {"lora_A": np.zeros((1, 64), np.float32), "lora_B": np.zeros((64, 1), np.float32)}
+    save_file({f"layers.0.attention.to_q.{k}.weight": v for k, v in factors.items()}, path)
+    with models.load(**files, backend=two[0], params_backend="diffusion=disk") as pipe:
+        with pytest.raises(ValueError, match="LoRAs want weights that stay"):
+            pipe.load_lora_weights(path)
+
+
+def test_offloaded_weights_visit_the_backend(
+    files: dict[str, Path], two: tuple[Backend, Backend], monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    with models.load(**files, backend=two[0]) as pipe:
+        expected = pipe("a red circle", **SMALL).images[0]
+    monkeypatch.setattr(Place, "offloads", True)  # as if the backend's memory were another
+    caplog.set_level("INFO", "pyggml.loader")
+    with models.load(**files, backend=two[0], params_backend="*=cpu") as pipe:
+        resting = {name: p.tensor.ptr for name, p in pipe.transformer.module.params().items()}
+        picture = pipe("a red circle", **SMALL).images[0]
+        np.testing.assert_array_equal(picture, expected)
+        with pipe.transformer.in_use() as module:
+            assert all(p.tensor.ptr != resting[name] for name, p in module.params().items())
+        assert resting == {name: p.tensor.ptr for name, p in pipe.transformer.module.params().items()}
+        assert not pipe.transformer.weights.closed
+    assert [r.getMessage().split(":")[0] for r in caplog.records if "GB/s" in r.getMessage()] == [
+        "qwen3", "z_image", "vae", "z_image",
+    ]  # fmt: skip
+
+
+def test_a_visit_that_fails_leaves_weights_as_they_were(
+    files: dict[str, Path], two: tuple[Backend, Backend], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with models.load(**files, backend=two[0]) as pipe:
+        resting = {name: p.tensor.ptr for name, p in pipe.vae.module.params().items()}
+        put, count = Uploader.put, iter(range(100))
+
+        def fail(self: Uploader, *args: Any) -> None:
+            if next(count) == 5:
+                raise OutOfMemory("no room")
+            put(self, *args)
+
+        monkeypatch.setattr(Uploader, "put", fail)
+        with pytest.raises(OutOfMemory, match="no room"):
+            Visit(pipe.vae.weights, two[1])
+        assert resting == {name: p.tensor.ptr for name, p in pipe.vae.module.params().items()}
+        assert pipe("a red circle", **SMALL).images[0].shape == (32, 32, 3)
+
+
+@pytest.mark.parametrize("stage", [256, 4096, 1 << 20])
+def test_uploads_arrive_whole_in_any_staging(stage: int, two: tuple[Backend, Backend]) -> None:
+    """Tensors that fill a staging buffer several times, share one, or end with it."""
+    rng = np.random.default_rng(0)
+    sizes = [1, 64, 63, 1024, 5000, 3, 4096, 7]
+    context = Context(len(sizes))
+    tensors = [context.new_tensor((n,), name=str(i)) for i, n in enumerate(sizes)]
+    Buffer.allocate(context, two[0].buffer_type)
+    values = [rng.normal(size=n).astype(np.float32) for n in sizes]
+    with Uploader(two[0].device, stage) as uploader:
+        for tensor, value in zip(tensors, values, strict=True):
+            uploader.put(tensor, 0, value.nbytes, partial(take, value.view(np.uint8).data))
+    assert uploader.n_bytes == sum(v.nbytes for v in values) and uploader.seconds > 0
+    for tensor, value in zip(tensors, values, strict=True):
+        np.testing.assert_array_equal(tensor.numpy(), value)
+
+
+@pytest.mark.parametrize("limit, n_buffers", [(40_000, 1), (25_000, 3), (8192, 6), (8191, 0)])
+def test_a_device_that_refuses_one_large_buffer_gets_several(
+    limit: int, n_buffers: int, two: tuple[Backend, Backend], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Refusing:
+        """The library of a device that gives no buffer larger than `limit`."""
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(lib, name)
+
+        def pyggml_alloc_tensors(self, context: Any, kind: Any) -> Any:
+            small = lib.ggml_backend_alloc_ctx_tensors_from_buft_size(context, kind) <= limit
+            return lib.pyggml_alloc_tensors(context, kind) if small else ffi.NULL
+
+        def pyggml_alloc_buffer(self, kind: Any, n_bytes: int) -> Any:
+            return lib.pyggml_alloc_buffer(kind, n_bytes) if n_bytes <= limit else ffi.NULL
+
+    monkeypatch.setattr("pyggml.backend.lib", Refusing())
+    monkeypatch.setattr(BufferType, "is_host", False)
+    context = Context(16)
+    tensors = [context.new_tensor((n,), name=str(n)) for n in (2048, 1024, 2048, 512, 2048, 2040)]  # 38,912 bytes
+    if not n_buffers:
+        with pytest.raises(OutOfMemory, match=r"could not allocate 38\d\d\d bytes for 6 tensors"):
+            Buffer.allocate(context, two[0].buffer_type)
+        assert not any(t.has_data for t in tensors) and not context.buffers
+        return
+    Buffer.allocate(context, two[0].buffer_type)
+    assert len(context.buffers) == n_buffers
+    for tensor in tensors:
+        tensor.set(np.arange(tensor.ne[0]) + tensor.ne[0])
+    for tensor in tensors:
+        np.testing.assert_array_equal(tensor.numpy(), np.arange(tensor.ne[0]) + tensor.ne[0])
+
+
 def cli(*args: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-m", "studio.cli", *args], capture_output=True, text=True, timeout=240)
 
@@ -145,3 +278,10 @@ def test_backend_on_the_command_line(tmp_path: Path) -> None:
     good = cli(*args, "--backend", "diffusion=cpu", "--clip-on-cpu", "--vae-on-cpu", "-o", str(tmp_path / "b.png"))
     assert good.returncode == 0, good.stderr
     assert (tmp_path / "b.png").exists()
+    for options, message in (
+        (("--params-backend", "unet=cpu"), "error: --params-backend 'unet=cpu': there is no module 'unet'"),
+        (("--params-backend", "cuda7"), "error: --params-backend: there is no device 'cuda7'"),
+        (("--params-backend", "disk", "--offload-to-cpu"), "error: --offload-to-cpu is --params-backend cpu"),
+    ):
+        bad = cli("generate", "x", *options, "-o", str(tmp_path / "a.png"))
+        assert bad.returncode == 2 and bad.stderr.startswith(message), bad.stderr

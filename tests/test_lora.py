@@ -513,10 +513,10 @@ def test_another_weight_rebuilds_nothing(files: Files, backend: Backend, tmp_pat
         pipe.set_loras({path: 1})
         pointers = {name: p.tensor.ptr for name, p in pipe.transformer.weights.params.items()}
         assert error(latents(pipe), wanted) > 1e-3
-        graphs = dict(pipe._step_graphs)
+        graphs = dict(pipe.transformer._graphs)
         pipe.set_loras({path: 0.3})
         np.testing.assert_array_equal(latents(pipe), wanted)
-        assert dict(pipe._step_graphs) == graphs and len(graphs) == 1
+        assert dict(pipe.transformer._graphs) == graphs and len(graphs) == 1
         assert pointers == {name: p.tensor.ptr for name, p in pipe.transformer.weights.params.items()}
 
 

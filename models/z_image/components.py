@@ -3,48 +3,30 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Literal
 
 from loader.checkpoint import Checkpoint, open_checkpoint
 from loader.describe import describe
 from loader.errors import LoadError
 from loader.options import LoadOptions
-from loader.params import Weights, load_params
-from pyggml import Backend, SplitBackend
+from loader.params import load_params
 
 from .. import autoencoder_kl, qwen3
 from ..autoencoder_kl import AutoencoderConfig, AutoencoderKL
+from ..component import Component, Load
+from ..devices import Place
 from ..lora import Naming
-from ..nn import Module
 from ..qwen3 import Qwen3, Qwen3Config
-from ..split import load_split
 from . import transformer as net
 from .transformer import ZImageConfig, ZImageTransformer
 
 Path = str | os.PathLike[str]
 Compat = Literal["diffusers", "sd.cpp"]
-Load = Callable[..., Weights]  # load_params, or what stands in for it
-
-
-@dataclass
-class Component:
-    """A network with its weights, the file they came from, and what it computes on."""
-
-    module: Any
-    weights: Weights
-    checkpoint: Checkpoint
-    backend: Backend
-    options: LoadOptions | None = None
-
-    def close(self) -> None:
-        self.weights.close()
-        self.checkpoint.close()
 
 
 def open_text_encoder(
-    path: Path, backend: Backend, *, options: LoadOptions | None = None, load: Load = load_params
+    path: Path, place: Place, *, options: LoadOptions | None = None, load: Load = load_params
 ) -> Component:
     """Qwen3, without its last layer. LoadError when the file is broken or is something else."""
     checkpoint = open_checkpoint(path)
@@ -53,11 +35,11 @@ def open_text_encoder(
     config = Qwen3Config.from_checkpoint(checkpoint)
     # The hidden state before the last layer is what is read: that layer stays in the file.
     last = rf"^blk\.{config.n_layers - 1}\..*$"
-    return _load(Qwen3(config), checkpoint.renamed([(last, None)]), backend, "qwen3", options, load)
+    return Component("qwen3", Qwen3(config), checkpoint.renamed([(last, None)]), place, options, load)
 
 
 def open_transformer(
-    path: Path, backend: Backend, *, options: LoadOptions | None = None, compat: Compat = "diffusers",
+    path: Path, place: Place, *, options: LoadOptions | None = None, compat: Compat = "diffusers",
     load: Load = load_params,
 ) -> Component:  # fmt: skip
     """Z-Image's transformer; `compat` decides the epsilon of its q and k norms. LoadError as above."""
@@ -67,11 +49,11 @@ def open_transformer(
     config = ZImageConfig.from_checkpoint(checkpoint)
     if compat == "sd.cpp":
         config = replace(config, qk_norm_eps=1e-6)
-    return _load(ZImageTransformer(config), checkpoint, backend, "z_image", options, load)
+    return Component("z_image", ZImageTransformer(config), checkpoint, place, options, load)
 
 
 def open_autoencoder(
-    path: Path, backend: Backend, *, options: LoadOptions | None = None, encoder: bool = False, load: Load = load_params
+    path: Path, place: Place, *, options: LoadOptions | None = None, encoder: bool = False, load: Load = load_params
 ) -> Component:
     """The Flux autoencoder: its decoder, and its encoder when asked for. LoadError as above."""
     checkpoint = open_checkpoint(path)
@@ -82,7 +64,7 @@ def open_autoencoder(
     config = AutoencoderConfig.from_checkpoint(checkpoint)
     if not encoder:
         checkpoint = checkpoint.renamed([(r"^encoder\..*$", None)])
-    return _load(AutoencoderKL(config, encoder=encoder), checkpoint, backend, "vae", options, load)
+    return Component("vae", AutoencoderKL(config, encoder=encoder), checkpoint, place, options, load)
 
 
 def _require(checkpoint: Checkpoint, role: str, architecture: str, option: str) -> None:
@@ -92,15 +74,6 @@ def _require(checkpoint: Checkpoint, role: str, architecture: str, option: str) 
         found.role == role and found.architecture not in (architecture, "unknown")
     ):
         raise LoadError(f"{found.sentence()}; {option} wants a {role} ({architecture})", path=checkpoint.path)
-
-
-def _load(
-    module: Module, checkpoint: Checkpoint, backend: Backend, component: str, options: LoadOptions | None, load: Load,
-) -> Component:  # fmt: skip
-    if isinstance(backend, SplitBackend) and load is load_params:
-        load = load_split
-    weights = load(module.params(), checkpoint, backend=backend, component=component, options=options)
-    return Component(module, weights, checkpoint, backend, options)
 
 
 def for_merging(checkpoint: Checkpoint) -> tuple[Checkpoint, str, Naming]:

@@ -28,6 +28,7 @@ from pyggml import Backend, Cancelled, Graph, NonFinite, SplitBackend
 
 from .. import autoencoder_kl, image, prompt_weights, schedule, sd_cpp_words, tiles
 from ..autoencoder_kl import AutoencoderKL
+from ..component import Component, Load
 from ..compute import first_bad_op
 from ..devices import Module, places
 from ..guidance import guidance_at, z_image_guidance
@@ -40,7 +41,7 @@ from ..rng import RNG, make_rng
 from ..sampler import find_sampler, sample
 from ..tokenizer import TEMPLATE, Tokenizer
 from . import transformer as net
-from .components import Compat, Component, Load, Path, open_autoencoder, open_text_encoder, open_transformer
+from .components import Compat, Path, open_autoencoder, open_text_encoder, open_transformer
 from .transformer import ZImageTransformer
 
 if TYPE_CHECKING:
@@ -130,7 +131,6 @@ class ZImagePipeline:
         self._key = object()
         self._cancelled = threading.Event()
         self._depth = 0  # of nested calls
-        self._step_graphs: OrderedDict[tuple[int, int], Graph] = OrderedDict()
         # What is split over devices computes in one piece: its pages are left to the system.
         single = [c for c in self._components() if not isinstance(c.backend, SplitBackend)]
         self.residency = Residency({c.weights.report.component: c.weights for c in single}, limit=memory_limit)
@@ -140,18 +140,19 @@ class ZImagePipeline:
     @classmethod
     def load(
         cls, diffusion_model: Path, llm: Path, vae: Path, *,
-        backend: Backend | str | Mapping[Module, Backend] | None = None, n_threads: int | None = None,
-        options: LoadOptions | None = None, compat: Compat = "diffusers", tokenizer: Tokenizer | None = None,
-        encoder: bool = False, lora_apply_mode: ApplyMode = "auto", memory_limit: int | None = None,
-        load: Load = load_params,
+        backend: Backend | str | Mapping[Module, Backend] | None = None, params_backend: str | None = None,
+        n_threads: int | None = None, options: LoadOptions | None = None, compat: Compat = "diffusers",
+        tokenizer: Tokenizer | None = None, encoder: bool = False, lora_apply_mode: ApplyMode = "auto",
+        memory_limit: int | None = None, load: Load = load_params,
     ) -> ZImagePipeline:  # fmt: skip
         """Load from three files (or diffusers folders). `encoder`: also the half of the autoencoder that img2img needs.
         `lora_apply_mode`: "auto", "at_runtime" or "immediately", see models.lora.
 
         `backend`: what computes, one for all, one for each module, or a text such as "te=cpu,diffusion=vulkan0"
-        (models.devices); the processor unless given. Weights stay in the mapped files where the backend can use them
-        there, unless `options` say otherwise. LoadError, before any computation, when a file is broken, is not what it
-        is given as, or lacks a tensor; OutOfMemory when what must be copied has no room.
+        (models.devices); the processor unless given. `params_backend`: where weights rest, such as "*=cpu,te=disk"; at
+        what computes, unless given. Weights stay in the mapped files where the backend can use them there, unless
+        `options` say otherwise. LoadError, before any computation, when a file is broken, is not what it is given as,
+        or lacks a tensor; OutOfMemory when what must be copied has no room.
 
         `memory_limit`: bytes that weights and the process's own memory may take, beside what the system allows; see
         models.residency for what is done when weights do not fit. `load`: models.prediction.stand_in makes a pipeline
@@ -159,14 +160,13 @@ class ZImagePipeline:
         """
         if compat not in ("diffusers", "sd.cpp"):
             raise ValueError(f"compat is 'diffusers' or 'sd.cpp', not {compat!r}")
-        place = places(backend, n_threads=n_threads)
+        place = places(backend, params_backend, n_threads)
         opened: list[Component] = []
         try:
-            opened.append(open_text_encoder(llm, place["te"].backend, options=options, load=load))
-            opened.append(open_transformer(
-                diffusion_model, place["diffusion"].backend, options=options, compat=compat, load=load
-            ))  # fmt: skip
-            opened.append(open_autoencoder(vae, place["vae"].backend, options=options, encoder=encoder, load=load))
+            opened.append(open_text_encoder(llm, place["te"], options=options, load=load))
+            dit_place = place["diffusion"]
+            opened.append(open_transformer(diffusion_model, dit_place, options=options, compat=compat, load=load))
+            opened.append(open_autoencoder(vae, place["vae"], options=options, encoder=encoder, load=load))
             llm_component, dit, autoencoder = opened
             width = llm_component.module.config.dim
             if dit.module.config.caption_dim != width:
@@ -189,7 +189,6 @@ class ZImagePipeline:
 
     def close(self) -> None:
         """Give back graphs, LoRAs, weights and mappings."""
-        self._drop_graphs()
         self.loras.close()
         for component in (self.text_encoder, self.transformer, self.vae):
             component.close()
@@ -280,6 +279,8 @@ class ZImagePipeline:
                 progress("lora", done, total)
             self._check_cancelled()
 
+        if weights and "disk" in (self.text_encoder.place.rest, self.transformer.place.rest):
+            raise ValueError("LoRAs want weights that stay: let those of te and diffusion rest on cpu, not on disk")
         self.loras.activate(weights, check)
 
     def _target(self, component: Component, naming: Naming) -> Target:
@@ -287,9 +288,8 @@ class ZImagePipeline:
         return Target(c.module, c.weights, c.checkpoint, c.backend, naming, c.options)
 
     def _drop_graphs(self) -> None:
-        for graph in self._step_graphs.values():
-            graph.close()
-        self._step_graphs.clear()
+        for component in self._components():
+            component.close_graphs()
 
     # -- the three parts ----------------------------------------------------------------------------------------------
 
@@ -304,9 +304,10 @@ class ZImagePipeline:
             self._prompts.move_to_end(key)
             return self._prompts[key]
         ids, weights = self._tokens(prompt)
-        encoder: Qwen3 = self.text_encoder.module
         compute = partial(self._compute, "the text encoder")
-        features = encoder.encode(self.text_encoder.backend, np.array(ids, np.int32), compute)
+        encoder: Qwen3
+        with self.text_encoder.in_use() as encoder:
+            features = encoder.encode(self.text_encoder.backend, np.array(ids, np.int32), compute)
         if weights:
             features = prompt_weights.apply_weights(features, weights)
         conditioning = Conditioning(features)
@@ -340,7 +341,7 @@ class ZImagePipeline:
         if guided and uncond is None:
             raise ValueError("guidance needs the conditioning of a negative prompt, `uncond`")
         conds = [_conditioning(c, self) for c in ((cond, uncond) if guided else (cond,)) if c is not None]
-        contexts = [self._context(c) for c in conds]
+        contexts: list[Float32] = []
 
         def estimate(x: Float32, sigma: float) -> Any:
             self._check_cancelled()
@@ -362,7 +363,9 @@ class ZImagePipeline:
             self._check_cancelled()
             return None if changed is None else _latents(changed, latents.shape)
 
-        return np.asarray(sample(method, estimate, latents, sigmas, rng=rng, eta=eta, callback=after), np.float32)
+        with self.transformer.in_use():
+            contexts += [self._context(c) for c in conds]
+            return np.asarray(sample(method, estimate, latents, sigmas, rng=rng, eta=eta, callback=after), np.float32)
 
     @_cancellable
     def decode(self, latents: Float32) -> NDArray[np.uint8]:
@@ -371,7 +374,8 @@ class ZImagePipeline:
         NonFinite when the decoder's output is not finite, or is a picture of one colour.
         """
         compute, latents = partial(self._compute, "the decoder"), np.asarray(latents, np.float32)
-        picture = self._tiled("decode", partial(self.vae.module.decode, self.vae.backend, latents, compute))
+        with self.vae.in_use() as vae:
+            picture = self._tiled("decode", partial(vae.decode, self.vae.backend, latents, compute))
         result = image.to_bytes(picture)
         if (result == result[0, 0]).all():
             raise NonFinite(f"the decoder made a picture of one colour, {result[0, 0].tolist()}: nothing was drawn")
@@ -392,7 +396,8 @@ class ZImagePipeline:
         if module.encoder is None:
             raise ValueError("the autoencoder was loaded without its encoder: load with encoder=True for img2img")
         compute, pixels = partial(self._compute, "the encoder"), image.to_float(picture)
-        return self._tiled("encode_image", partial(module.encode, self.vae.backend, pixels, compute))
+        with self.vae.in_use():
+            return self._tiled("encode_image", partial(module.encode, self.vae.backend, pixels, compute))
 
     def _tiled(self, phase: str, run: Callable[..., T]) -> T:
         """run(tile=...) with such tiles as there is room for; remembers them."""
@@ -458,15 +463,12 @@ class ZImagePipeline:
         self._check_unchanged()
         self._tiles = {}
         self.residency.begin()
-        report = Report(
-            components={c.weights.report.component: c.weights.report for c in self._components()},
-            residency=self.residency.report,
-        )
+        report = Report(residency=self.residency.report)
         report.loras = self.loras.report()
         tell = progress or (lambda phase, done, total: None)
 
         # 2. prompts
-        with report.phase("text_encoder"):
+        with report.phase("text_encoder"), self.text_encoder.kept():
             report.prompt_cached = prompt_embeds is None and self._prompt_key(prompt) in self._prompts
             tell("text encoder", 0, 1)
             cond = self.encode(prompt) if prompt_embeds is None else _conditioning(prompt_embeds, self)
@@ -529,6 +531,7 @@ class ZImagePipeline:
             images.append(image.to_pil(picture) if output_type == "pil" else picture)
         report.tiles = self._tiles
         self._check_unchanged()
+        report.components = {c.weights.report.component: c.weights.report for c in self._components()}
         return Result(images, [seed + i for i in range(num_images_per_prompt)], report)
 
     # -- before anything is computed -----------------------------------------------------------------------------------
@@ -617,14 +620,9 @@ class ZImagePipeline:
         return -net.unpatchify(out, *padded_x.shape[1:])[:, :h, :w]
 
     def _step_graph(self, n_patches: int, n_context: int) -> Graph:
-        key = (n_patches, n_context)
-        if key not in self._step_graphs:
-            while len(self._step_graphs) >= 2:  # prompt and negative prompt
-                self._step_graphs.popitem(last=False)[1].close()
-            transformer = self.transformer
-            self._step_graphs[key] = transformer.module.step_graph(transformer.backend, n_patches, n_context)
-        self._step_graphs.move_to_end(key)
-        return self._step_graphs[key]
+        transformer = self.transformer  # keeps two graphs: prompt and negative prompt
+        build = partial(transformer.module.step_graph, transformer.backend, n_patches, n_context)
+        return transformer.graph((n_patches, n_context), build)
 
     def _compute(self, stage: str, graph: Graph, **inputs: Any) -> dict[str, Any]:
         """Graph.compute; Cancelled when asked to stop, NonFinite naming the stage when a result is not finite."""
@@ -646,7 +644,7 @@ class ZImagePipeline:
 
     def _check_unchanged(self) -> None:
         for component in self._components():
-            if changed := component.weights.changed():
+            if changed := (component.checkpoint if component.weights.closed else component.weights).changed():
                 raise LoadError(f"a file of weights changed while it was used: {changed}", kind="WeightsChanged")
         if changed := self.loras.file_changed():
             raise LoadError(f"a LoRA changed while it was used: {changed}", kind="WeightsChanged")

@@ -1,0 +1,72 @@
+"""Weights that rest in memory of the host, or in mapped files, and visit a device while it computes with them."""
+
+from __future__ import annotations
+
+import logging
+from functools import partial
+
+from pyggml import Backend, Context, Tensor
+from pyggml.lib import ffi, lib
+
+from .errors import printable
+from .params import Param, Weights, alloc_params_buffer
+from .upload import Uploader, take
+
+log = logging.getLogger("pyggml.loader")
+
+
+class Visit:
+    """A copy of weights in a device's memory. Until it is closed, their parameters have the tensors of the copy.
+
+    OutOfMemory when the device lacks room, LoadError (WeightsChanged) when a mapped file turns out to be shorter; then
+    parameters are as they were. Weights are not to be closed, and graphs that use the copy not to be computed, after.
+    """
+
+    def __init__(self, weights: Weights, backend: Backend) -> None:
+        name = weights.report.component
+        loaded = [(p, p.tensor) for p in weights.params.values() if p.loaded]
+        # What was made at the device, such as the sum of a weight and a LoRA, is there already.
+        self._rest: list[tuple[Param, Tensor]] = [(p, t) for p, t in loaded if _is_host(t)]
+        self._context = Context(len(self._rest) + 1)
+        try:
+            copies = [self._context.new_tensor(t.ne, t.type, t.name) for _, t in self._rest]
+            alloc_params_buffer(self._context, backend.buffer_type, component=name)
+            with Uploader(backend.device) as uploader:
+                for i in sorted(range(len(copies)), key=lambda i: _address(self._rest[i][1])):  # as in the file
+                    source = self._rest[i][1]
+                    source.ctx.check_open()
+                    memory = memoryview(ffi.buffer(ffi.cast("char *", source.ptr.data), source.n_bytes)).cast("B")
+                    uploader.put(copies[i], 0, source.n_bytes, partial(take, memory))
+            for buffer in weights.context.buffers:
+                if buffer.check is not None:
+                    buffer.check()
+        except BaseException:
+            self._close_context()
+            raise
+        self.n_bytes, self.seconds = uploader.n_bytes, uploader.seconds
+        rate = self.n_bytes / 1e9 / max(self.seconds, 1e-9)
+        log.info("%s: %.2f GB to %s in %.2fs (%.2f GB/s)", printable(name), self.n_bytes / 1e9, backend.device.name,
+                 self.seconds, rate)  # fmt: skip
+        for (param, _), copy in zip(self._rest, copies, strict=True):
+            param.tensor = copy
+
+    def close(self) -> None:
+        """Free the copy; parameters have their own tensors again. Twice is fine."""
+        if not self._context.closed:
+            for param, tensor in self._rest:
+                param.tensor = tensor
+            self._close_context()
+
+    def _close_context(self) -> None:
+        for buffer in self._context.buffers:
+            buffer.close()
+        self._context.buffers.clear()
+        self._context.close()
+
+
+def _is_host(tensor: Tensor) -> bool:
+    return bool(lib.ggml_backend_buffer_is_host(tensor.ptr.buffer))
+
+
+def _address(tensor: Tensor) -> int:
+    return int(ffi.cast("uintptr_t", tensor.ptr.data))

@@ -1,0 +1,118 @@
+"""A network of a model, its weights, where they are, and what computes it."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from loader.checkpoint import Checkpoint
+from loader.offload import Visit
+from loader.options import LoadOptions
+from loader.params import Weights, load_params
+from pyggml import Backend, Graph, SplitBackend
+
+from .devices import Place, host
+from .nn import Module
+from .split import load_split
+
+Load = Callable[..., Weights]  # load_params, or what stands in for it
+
+
+class Component:
+    """A network with its weights and the file they came from. It computes on `place.backend`.
+
+    Weights that rest elsewhere are brought to the backend by `in_use` and given back after it: copied there when they
+    rest in memory of the host (`cpu`), read from the file anew when they rest on `disk`. `weights` are those that rest;
+    on `disk` they are closed between uses. Raises what `loader.load_params` raises, also for `disk`, when it is made.
+    """
+
+    def __init__(
+        self, name: str, module: Module, checkpoint: Checkpoint, place: Place, options: LoadOptions | None = None,
+        load: Load = load_params,
+    ) -> None:  # fmt: skip
+        self.module: Any = module
+        self.checkpoint = checkpoint
+        self.place = place
+        if isinstance(place.backend, SplitBackend) and load is load_params:
+            load = load_split
+        self._name, self._options, self._loader = name, options, load
+        self._visit: Visit | None = None
+        self._n_uses = 0
+        self._graphs: OrderedDict[object, Graph] = OrderedDict()
+        self.weights = self._load(at_backend=not place.offloads)
+        if place.rest == "disk" and load is load_params:  # what stands in for it holds nothing
+            self.weights.close()
+
+    @property
+    def options(self) -> LoadOptions | None:
+        """How the weights come to rest, as it was asked for."""
+        return self._options
+
+    @property
+    def backend(self) -> Backend:
+        return self.place.backend
+
+    @contextmanager
+    def in_use(self) -> Iterator[Any]:
+        """The module, with its weights where it computes, for the `with` body. May be nested."""
+        with self.kept():
+            if self.place.rest == "disk":
+                if self.weights.closed:
+                    self.weights = self._load(at_backend=True)
+            elif self.place.offloads and self._visit is None:
+                self._visit = Visit(self.weights, self.backend)
+            yield self.module
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """What `in_use` brings to the backend inside of the `with` body stays there until its end."""
+        self._n_uses += 1
+        try:
+            yield
+        finally:
+            self._n_uses -= 1
+            if not self._n_uses and self.place.offloads:
+                self._give_back()
+
+    def graph(self, key: object, build: Callable[[], Graph], n_kept: int = 2) -> Graph:
+        """The graph of that key, built when it is new; the last `n_kept` are kept while the weights stay."""
+        if key not in self._graphs:
+            while len(self._graphs) >= n_kept:
+                self._graphs.popitem(last=False)[1].close()
+            self._graphs[key] = build()
+        self._graphs.move_to_end(key)
+        return self._graphs[key]
+
+    def close_graphs(self) -> None:
+        """Forget the graphs, as when what they compute has changed."""
+        for graph in self._graphs.values():
+            graph.close()
+        self._graphs.clear()
+
+    def close(self) -> None:
+        """Free graphs and weights, close the file."""
+        self._give_back()
+        self.close_graphs()
+        self.weights.close()
+        self.checkpoint.close()
+
+    def _give_back(self) -> None:
+        if self._visit is not None or self.place.rest == "disk":
+            self.close_graphs()
+        if self._visit is not None:
+            self._visit.close()
+            self._visit = None
+        if self.place.rest == "disk":
+            self.weights.close()
+
+    def _load(self, at_backend: bool) -> Weights:
+        load = partial(self._loader, self.module.params(), self.checkpoint, backend=self.backend, component=self._name)
+        if at_backend:
+            return load(options=self._options)
+        # Only to be copied from: as the file has them, not in a layout that the processor likes.
+        options = replace(self._options or LoadOptions.from_environment(), repack="off")
+        return load(options=options, buffer_type=host().buffer_type)
