@@ -19,6 +19,7 @@ import numpy as np
 from PIL import Image
 
 from models.autoencoder_kl import FACTOR, scale_latents
+from models.devices import Place
 from models.z_image.components import open_autoencoder
 from pyggml import Backend, Graph
 
@@ -51,7 +52,7 @@ def main() -> None:
         resized = image.convert("RGB").resize((args.size, args.size), Image.Resampling.BICUBIC)
     picture = np.asarray(resized, np.float32).transpose(2, 0, 1) / 255
     backend = Backend.cpu()
-    module = open_autoencoder(args.vae, backend, encoder=True).module
+    module = open_autoencoder(args.vae, Place(backend), encoder=True).module
     latents = scale_latents(module.encode(backend, picture)[0])
     largest = [0]
 

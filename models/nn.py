@@ -11,6 +11,7 @@ from typing import Any
 
 from loader.params import Param
 from pyggml import Graph, Tensor, Type, ops
+from pyggml.types import Prec
 
 
 class Module:
@@ -63,9 +64,16 @@ def _named(path: str, value: Any) -> Iterator[tuple[str, Param]]:
 
 
 def linear(w: Tensor, x: Tensor) -> Tensor:
-    """W x by the fastest kernel there is. w: ne [n_in, n_out], x: ne [n_in, n_tokens]."""
+    """W x by the fastest kernel there is that is exact enough. w: ne [n_in, n_out], x: ne [n_in, n_tokens]."""
     y = ops.mul_mat_fast(w, x)
-    return ops.mul_mat(w, x) if y is None else y
+    return ops.mul_mat(w, x, prec=_sums_in(x)) if y is None else y
+
+
+def _sums_in(x: Tensor) -> int | None:
+    """The precision that sums of products are asked for. Vulkan's default is f16: the error then grows with the square
+    root of a product's length, to 1.5 % at 10,240 (docs/devices.md). The processor always sums in f32.
+    """
+    return None if on_cpu(x) else Prec.F32
 
 
 class Linear(Module):
@@ -196,7 +204,7 @@ class Conv2d(Module):
         # Pixels as rows: the order that ggml multiplies fastest, and the result has a picture's layout.
         width, height = columns.ne[1:3]
         kernel = ops.reshape(ops.cast(graph_use(x, w), Type.F32), -1, w.ne[3])  # ne [9 * n_in, n_out]
-        y = ops.mul_mat(ops.reshape(columns, -1, width * height), kernel)  # ne [width * height, n_out]
+        y = ops.mul_mat(ops.reshape(columns, -1, width * height), kernel, prec=_sums_in(x))  # ne [pixels, n_out]
         y = ops.add(ops.reshape(y, width, height, -1), _channels(x, self.bias))
         return y if residual is None else ops.add(y, residual)
 
@@ -255,6 +263,15 @@ def split_heads(x: Tensor, i_part: int, n_heads: int, head_dim: int) -> Tensor:
     return ops.view(x, (head_dim, n_heads, x.ne[1]), (head_dim * size, stride), offset)
 
 
+def _plain_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """As flash_attn_ext, with all scores of n_tokens * n_tokens * n_heads in memory."""
+    scores = ops.mul_mat(k, q, prec=_sums_in(q))  # ne [n_kv, n_tokens, n_heads]
+    scores = ops.soft_max_ext(scores, mask, scale=q.ne[0] ** -0.5)
+    v = ops.cont(ops.permute(v, 1, 0, 2, 3))  # ne [n_kv, head_dim, n_kv_heads]
+    y = ops.mul_mat(v, scores, prec=_sums_in(q))  # ne [head_dim, n_tokens, n_heads]
+    return ops.cont(ops.permute(y, 0, 2, 1, 3))
+
+
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, headroom: float = 1.0) -> Tensor:
     """softmax(q k^T / sqrt(head_dim) + mask) v for each head.
 
@@ -270,7 +287,13 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, headr
     if guarded:
         v = ops.scale(v, 1 / headroom)
     q, k, v = (ops.permute(t, 0, 2, 1, 3) for t in (q, k, v))  # ne [head_dim, n_tokens, n_heads]
-    y = ops.flash_attn_ext(q, k, v, mask, scale=head_dim**-0.5)  # ne [head_dim, n_heads, n_tokens]
+    graph = q.ctx
+    assert isinstance(graph, Graph)
+    y = None
+    if graph.backend.flash_attention:
+        y = ops.flash_attn_ext(q, k, v, mask, scale=head_dim**-0.5, prec=_sums_in(q))
+    if y is None or not graph.backend.supports(y):
+        y = _plain_attention(q, k, v, mask)  # ne [head_dim, n_heads, n_tokens]
     if guarded:
         y = ops.scale(y, headroom)
     return ops.reshape(y, head_dim * n_heads, n_tokens * n_batch)

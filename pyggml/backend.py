@@ -206,6 +206,8 @@ class Backend(Handle):
     GGMLError when the device cannot be opened.
     """
 
+    flash_attention = True  # for who builds graphs: attention as one operation, where the device has it
+
     def __init__(self, device: Device, n_threads: int | None = None) -> None:
         ptr = _open(device)
         self.device = device
@@ -255,6 +257,10 @@ class Backend(Handle):
         """DeviceLost when the device stopped working earlier."""
         if self.lost:
             raise DeviceLost(f"{self.device.name} was lost before: {self.lost[0]}")
+
+    def supports(self, node: Any) -> bool:
+        """Whether the device has a kernel for a node as it was built."""
+        return bool(lib.ggml_backend_supports_op(self.ptr, node.ptr))
 
     def cancel(self) -> None:
         """Stop the running computation, from any thread; it raises Cancelled within one operation.

@@ -18,6 +18,7 @@ from tiny_models import write_tiny_models
 
 import models
 from models import tiles
+from models.devices import Place
 from models.z_image.components import Component, open_autoencoder
 from pyggml import Backend, Cancelled, OutOfMemory
 from studio import cli
@@ -34,14 +35,15 @@ def backend() -> Iterator[Backend]:
 
 @pytest.fixture(scope="module")
 def tiny(backend: Backend, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Component]:
-    component = open_autoencoder(write_tiny_models(tmp_path_factory.mktemp("tiny"))["vae"], backend, encoder=True)
+    files = write_tiny_models(tmp_path_factory.mktemp("tiny"))
+    component = open_autoencoder(files["vae"], Place(backend), encoder=True)
     yield component
     component.close()
 
 
 @pytest.fixture(scope="module")
 def demo(backend: Backend) -> Iterator[Component]:
-    component = open_autoencoder(DEMO / "ae_demo.safetensors", backend, encoder=True)
+    component = open_autoencoder(DEMO / "ae_demo.safetensors", Place(backend), encoder=True)
     yield component
     component.close()
 
