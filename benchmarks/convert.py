@@ -1,5 +1,7 @@
 """Speed and memory of `pyggml convert`: parameters per second by type and threads, on a random bf16 model.
 
+Linux only. The peak is what converting adds to that of the interpreter with the loader imported.
+
 python benchmarks/convert.py [--million 400] [--types q8_0,q4_K,f16] [--threads 1,2] [--folder DIR]
 """
 
@@ -23,14 +25,14 @@ from loader.file_heads import Entry, safetensors_head
 N_COLUMNS, N_ROWS = 3840, 10240  # the largest of Z-Image
 
 ONE = """
-import json, resource, sys, time
+import json, re, sys, time
 from loader import open_checkpoint
 from loader.save import save_checkpoint
 from loader.save_plan import parse_type
 source, target, kind, threads = sys.argv[1:]
 kind = parse_type(kind)
-def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+def peak():  # not getrusage's, which begins with that of the process that started this one
+    return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) / 1024
 before = peak()
 start = time.perf_counter()
 with open_checkpoint(source) as checkpoint:
