@@ -163,7 +163,7 @@ def draw_theirs(
             "diffusion_model_path": str(files[f"diffusion_{weights}"]), "llm_path": str(files[f"llm_{weights}"]),
             "vae_path": str(files["vae"]), "rng_type": rng, "sampler_rng_type": rng, "n_threads": n_threads,
             "verbose": True, "image_resize_method": "resize", "lora_model_dir": str(folder / "loras"),
-            "lora_apply_mode": "at_runtime",  # its merging, as its LoHa and LoKr, ends in an assertion of its ggml
+            "lora_apply_mode": "at_runtime",  # runs in which it merged ended in an assertion of its ggml
         }  # fmt: skip
         script = Path(__file__).with_name("draw.py")
         with open(folder / "peer.log", "a", encoding="utf-8") as log:
