@@ -32,6 +32,7 @@ class Place:
 
     backend: Backend
     rest: Rest = "device"
+    opened: tuple[Backend, ...] = ()  # by `places`, for this module and perhaps others: theirs to close who asked
 
     @property
     def offloads(self) -> bool:
@@ -101,7 +102,8 @@ def places(
 
     backend: one for all, one for each module, or a text as above; None is the processor. params_backend: a text whose
     names are `cpu`, `disk`, or the device that the module computes on; modules that it leaves out rest where they
-    compute. `n_threads` is for the processor. ValueError for a text that cannot be followed.
+    compute. `n_threads` is for the processor. ValueError for a text that cannot be followed. What is opened here is in
+    `Place.opened`, for the caller to close.
     """
     rests = parse(params_backend or "auto", "params_backend")
     given: Mapping[Module, Backend] = {}
@@ -115,12 +117,20 @@ def places(
     chosen = {m: (given[m].device,) if given else find_devices(named.get(m, "auto")) for m in MODULES}
     rest = {m: _rest(rests.get(m, "auto"), m, device) for m, device in chosen.items()}  # before anything is opened
     each = {} if given else dict.fromkeys(device for several in chosen.values() for device in several)
-    single = {device: device.open(n_threads) for device in each}
-    opened: dict[tuple[Device, ...], Backend] = {}
-    for several in {} if given else dict.fromkeys(chosen.values()):
-        parts = [single[device] for device in several]
-        opened[several] = SplitBackend(parts) if len(parts) > 1 else parts[0]
-    return {m: Place(given[m] if given else opened[chosen[m]], rest[m]) for m in MODULES}
+    single: dict[Device, Backend] = {}
+    computing: dict[tuple[Device, ...], Backend] = {}
+    try:
+        for device in each:
+            single[device] = device.open(n_threads)
+        for several in {} if given else dict.fromkeys(chosen.values()):
+            parts = [single[device] for device in several]
+            computing[several] = SplitBackend(parts) if len(parts) > 1 else parts[0]
+    except BaseException:
+        for one in (*computing.values(), *single.values()):
+            one.close()
+        raise
+    opened = tuple(dict.fromkeys([*computing.values(), *single.values()]))  # what is split before its parts
+    return {m: Place(given[m] if given else computing[chosen[m]], rest[m], opened) for m in MODULES}
 
 
 def _rest(name: str, module: Module, computing: tuple[Device, ...]) -> Rest:

@@ -15,11 +15,12 @@ from safetensors.numpy import save_file
 from tiny_models import write_tiny_models
 
 import models
+from loader.errors import LoadError
 from loader.offload import Visit
 from loader.upload import Uploader, take
 from models.component import Component
 from models.devices import MODULES, Place, find_device, parse, places
-from pyggml import Backend, Buffer, BufferType, Context, Graph, OutOfMemory, devices
+from pyggml import Backend, Buffer, BufferType, Context, Device, Graph, OutOfMemory, SplitBackend, devices
 from pyggml.lib import ffi, lib
 from pyggml.types import DeviceType
 
@@ -116,6 +117,54 @@ def test_each_module_computes_on_its_own(
             m: {id(chosen[m])} for m in MODULES
         }
         np.testing.assert_array_equal(picture, expected)
+
+
+@pytest.fixture
+def opened(monkeypatch: pytest.MonkeyPatch) -> list[Backend]:
+    """The backends that are opened in a test."""
+    result: list[Backend] = []
+    real = Device.open
+
+    def watched(device: Device, n_threads: int | None = None) -> Backend:
+        result.append(real(device, n_threads))
+        return result[-1]
+
+    monkeypatch.setattr(Device, "open", watched)
+    return result
+
+
+@pytest.mark.parametrize("backend", [None, "te=cpu,diffusion=cpu,vae=cpu"])
+def test_close_closes_what_load_opened(files: dict[str, Path], opened: list[Backend], backend: str | None) -> None:
+    with models.load(**files, backend=backend) as pipe:
+        assert opened and not any(part.closed for part in opened)
+        assert {component.backend for component in (pipe.text_encoder, pipe.transformer, pipe.vae)} <= set(opened)
+    assert all(part.closed for part in opened)
+
+
+def test_a_load_that_fails_closes_what_it_opened(
+    files: dict[str, Path], opened: list[Backend], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(LoadError, match="wants a text encoder"):
+        models.load(files["diffusion_model"], files["vae"], files["vae"])
+    assert opened and all(part.closed for part in opened)
+    opened.clear()
+
+    def refuse(parts: object) -> SplitBackend:
+        raise OutOfMemory("no room")
+
+    monkeypatch.setattr("models.devices.SplitBackend", refuse)
+    monkeypatch.setattr("models.devices.find_devices", lambda *_: (find_device("cpu"), find_device("cpu")))
+    with pytest.raises(OutOfMemory, match="no room"):
+        places("cpu&cpu")
+    assert opened and all(part.closed for part in opened)
+
+
+def test_close_leaves_what_was_passed(
+    files: dict[str, Path], two: tuple[Backend, Backend], opened: list[Backend]
+) -> None:
+    for given in (two[0], dict.fromkeys(MODULES, two[0])):
+        models.load(**files, backend=given).close()
+    assert not opened and not two[0].closed
 
 
 def test_cancel_reaches_every_backend(files: dict[str, Path], two: tuple[Backend, Backend]) -> None:

@@ -131,6 +131,7 @@ class ZImagePipeline:
         self._key = object()
         self._cancelled = threading.Event()
         self._depth = 0  # of nested calls
+        self._opened: tuple[Backend, ...] = ()  # by `load`: what it was given stays its giver's
         # What is split over devices computes in one piece: its pages are left to the system.
         single = [c for c in self._components() if not isinstance(c.backend, SplitBackend)]
         self.residency = Residency({c.weights.report.component: c.weights for c in single}, limit=memory_limit)
@@ -149,10 +150,11 @@ class ZImagePipeline:
         `lora_apply_mode`: "auto", "at_runtime" or "immediately", see models.lora.
 
         `backend`: what computes, one for all, one for each module, or a text such as "te=cpu,diffusion=vulkan0"
-        (models.devices); the processor unless given. `params_backend`: where weights rest, such as "*=cpu,te=disk"; at
-        what computes, unless given. Weights stay in the mapped files where the backend can use them there, unless
-        `options` say otherwise. LoadError, before any computation, when a file is broken, is not what it is given as,
-        or lacks a tensor; OutOfMemory when what must be copied has no room.
+        (models.devices); the processor unless given. A backend that is passed stays open when the pipeline is closed.
+        `params_backend`: where weights rest, such as "*=cpu,te=disk"; at what computes, unless given. Weights stay in
+        the mapped files where the backend can use them there, unless `options` say otherwise. LoadError, before any
+        computation, when a file is broken, is not what it is given as, or lacks a tensor; OutOfMemory when what must be
+        copied has no room.
 
         `memory_limit`: bytes that weights and the process's own memory may take, beside what the system allows; see
         models.residency for what is done when weights do not fit. `load`: models.prediction.stand_in makes a pipeline
@@ -177,21 +179,27 @@ class ZImagePipeline:
             tokenizer = tokenizer or Tokenizer.for_checkpoint(llm_component.checkpoint)
             if compat == "sd.cpp":
                 tokenizer = tokenizer.with_split(sd_cpp_words.split)
+            default_size = int(dit.checkpoint.metadata.get("z_image.default_size", 1024))
+            pipe = cls(
+                llm_component, dit, autoencoder, tokenizer, compat=compat, default_size=default_size,
+                lora_apply_mode=lora_apply_mode, memory_limit=memory_limit,
+            )  # fmt: skip
         except BaseException:
             for component in opened:
                 component.close()
+            for one in place["te"].opened:
+                one.close()
             raise
-        default_size = int(dit.checkpoint.metadata.get("z_image.default_size", 1024))
-        return cls(
-            llm_component, dit, autoencoder, tokenizer, compat=compat, default_size=default_size,
-            lora_apply_mode=lora_apply_mode, memory_limit=memory_limit,
-        )  # fmt: skip
+        pipe._opened = place["te"].opened  # for all three
+        return pipe
 
     def close(self) -> None:
-        """Give back graphs, LoRAs, weights and mappings."""
+        """Give back graphs, LoRAs, weights, mappings, and the backends that `load` opened."""
         self.loras.close()
         for component in (self.text_encoder, self.transformer, self.vae):
             component.close()
+        for backend in self._opened:
+            backend.close()
 
     def __enter__(self) -> ZImagePipeline:
         return self
