@@ -3,14 +3,16 @@
     sudo python benchmarks/larger_than_memory.py --llm qwen3-q8_0.gguf --vae ae.safetensors \
         q4_K=zimage-q4_K.gguf q8_0=zimage-q8_0.gguf
 
-Each run is a process of its own. Limited ones are in a memory cgroup, v1 or v2, that is made for them (this needs root)
-with a share of the diffusion model's file as its limit: --limit, 0.5 unless said. The page cache is dropped before each
-of them, because pages that others have read are not counted; it is warm for the unlimited ones. Prints a table and one
-JSON line.
+Two processes draw the same picture, one step of the one after one step of the other: what a neighbour on the machine
+does to steps, it does to both. One is in a memory cgroup, v1 or v2, that is made for it (this needs root) with a share
+of the diffusion model's file as its limit: --limit, 0.5 unless said. Pages that the other has read are not counted
+there, so it draws from a copy of that file (--copy, a folder; beside the file unless said). It begins with an empty page
+cache, the other with a warm one. Prints a table and one JSON line.
 
-Rows: seconds of a step (median, without the first), the disk's rate while nothing computes, bytes read and major faults
-of the computing threads in a step, the share of a step that was spent waiting for the reader, the peak of what the
-cgroup was charged with, and whether the picture is the same, byte for byte.
+Rows: seconds of a step (median, without the first), and of what each limited step took of the one before it; bytes read
+and major faults of the computing threads in a step, the disk's rate while nothing computes, the time in a step that was
+spent waiting for the reader, the peak of what the cgroup was charged with, and whether the picture is the same, byte for
+byte.
 """
 
 from __future__ import annotations
@@ -19,9 +21,11 @@ import argparse
 import hashlib
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -47,7 +51,7 @@ def read_bytes() -> int:
 
 
 def child(settings: dict[str, Any]) -> None:
-    """One picture, in this process; figures as JSON on the last line."""
+    """One picture, in this process, a step for each line of stdin; figures as JSON on the last line."""
     import models
 
     rows: list[dict[str, float]] = []
@@ -60,12 +64,15 @@ def child(settings: dict[str, Any]) -> None:
             return [time.perf_counter(), read_bytes(), computing_faults(), waited]
 
         def progress(phase: str, done: int, total: int) -> None:
-            if phase == "step":
-                now = look()
-                if done:
-                    rows.append(dict(zip(("seconds", "read", "faults", "waited"),
-                                         (b - a for a, b in zip(last, now, strict=True)), strict=True)))  # fmt: skip
-                last[:] = now
+            if phase != "step":
+                return
+            if done:
+                rows.append(dict(zip(("seconds", "read", "faults", "waited"),
+                                     (b - a for a, b in zip(last, look(), strict=True)), strict=True)))  # fmt: skip
+            if done < total:
+                print("your turn", flush=True)
+                sys.stdin.readline()
+            last[:] = look()
 
         size = settings["size"]
         result = pipe(PROMPT, width=size, height=size, num_inference_steps=settings["steps"], output_type="np",
@@ -99,17 +106,46 @@ class Cgroup:
         self.path.rmdir()
 
 
-def run(settings: dict[str, Any], limit: int | None) -> dict[str, Any]:
-    command = [sys.executable, __file__, "--child", json.dumps(settings)]
-    if limit is None:
-        return dict(json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout.splitlines()[-1]))
+class Run:
+    """A process that draws one picture; made, it is before its first step."""
+
+    def __init__(self, settings: dict[str, Any], group: Cgroup | None = None) -> None:
+        command = [sys.executable, __file__, "--child", json.dumps(settings)]
+        if group is not None:
+            command = ["sh", "-c", f'echo $$ > {group.path}/cgroup.procs && exec "$@"', "sh", *command]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.line = self._read()
+
+    def step(self) -> None:
+        """The next step; after the last one, all that follows."""
+        assert self.process.stdin
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+        self.line = self._read()
+
+    def _read(self) -> str:
+        assert self.process.stdout
+        if line := self.process.stdout.readline():
+            return line
+        raise SystemExit(f"a run ended with {self.process.wait()}")
+
+
+def both(settings: dict[str, Any], copy: str, limit: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Figures of a run without a limit, and of one with it, which draw in turn."""
+    drop_caches()
     with Cgroup(limit) as group:
-        join = ["sh", "-c", f'echo $$ > {group.path}/cgroup.procs && exec "$@"', "sh"]
-        done = subprocess.run([*join, *command], check=False, stdout=subprocess.PIPE)
-        peak = group.peak()
-    if done.returncode:
-        raise SystemExit(f"the limited run ended with {done.returncode}")
-    return {**json.loads(done.stdout.splitlines()[-1]), "charged": peak}
+        limited = Run(settings | {"dit": copy}, group)
+        for file in (settings["llm"], settings["vae"], settings["dit"]):
+            with open(file, "rb", buffering=0) as data:
+                while data.read(1 << 24):
+                    pass
+        free = Run(settings)
+        for _ in range(settings["steps"]):
+            free.step()
+            limited.step()
+        for run in (free, limited):
+            run.process.communicate()
+        return json.loads(free.line), {**json.loads(limited.line), "charged": group.peak()}
 
 
 def drop_caches() -> None:
@@ -144,10 +180,11 @@ def main() -> None:
     parser.add_argument("--llm", required=True)
     parser.add_argument("--vae", required=True)
     parser.add_argument("--size", type=int, default=256)
-    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=4, help="at least 2; the first is not counted")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--limit", type=float, default=0.5, help="of the diffusion model's size")
+    parser.add_argument("--copy", metavar="FOLDER", help="where the copy of the diffusion model is kept meanwhile")
     args = parser.parse_args()
     results: dict[str, Any] = {"size": args.size, "steps": args.steps, "threads": args.threads}
     print(f"{args.size}x{args.size}, {args.threads} threads, {args.rounds} rounds of {args.steps} steps, medians")
@@ -157,15 +194,14 @@ def main() -> None:
                     "size": args.size, "steps": args.steps, "threads": args.threads}  # fmt: skip
         limit = int(os.path.getsize(path) * args.limit)
         free, limited, rates = [], [], []
-        for _ in range(args.rounds):
-            for file in (settings["llm"], settings["vae"], settings["dit"]):
-                with open(file, "rb", buffering=0) as data:
-                    while data.read(1 << 24):
-                        pass
-            free.append(run(settings, None))
-            rates.append(disk_rate(path))
-            drop_caches()
-            limited.append(run(settings, limit))
+        with tempfile.TemporaryDirectory(dir=args.copy or os.path.dirname(settings["dit"])) as folder:
+            copy = shutil.copy(path, folder)
+            for _ in range(args.rounds):
+                drop_caches()
+                rates.append(disk_rate(copy))
+                pair_of_runs = both(settings, copy, limit)
+                free.append(pair_of_runs[0])
+                limited.append(pair_of_runs[1])
         results[name] = {"limit": limit, "disk": rates, "free": free, "limited": limited}
         _print_table(name, os.path.getsize(path), limit, rates, free, limited)
     print(json.dumps(results))
@@ -178,9 +214,12 @@ def _print_table(
     stream = limited[-1]["residency"]["streams"][-1]
     rate = statistics.median(rates)
     same = {r["picture"] for r in [*free, *limited]}
+    pairs = [y["seconds"] / x["seconds"] for f, g in zip(free, limited, strict=True)
+             for x, y in zip(f["steps"][1:], g["steps"][1:], strict=True)]  # fmt: skip
     encoder = [statistics.median(r["seconds"]["text_encoder"] for r in runs) for runs in (free, limited)]
     rows = [
         ("step", f"{a['seconds']:.2f} s", f"{b['seconds']:.2f} s ({b['seconds'] / a['seconds']:.2f}x)"),
+        ("of the step before it", "", f"{statistics.median(pairs):.2f}x, {min(pairs):.2f} to {max(pairs):.2f}"),
         ("read in a step", f"{a['read'] / 1e9:.2f} GB", f"{b['read'] / 1e9:.2f} GB"),
         ("what the plan reads", "", f"{stream['per_pass'] / 1e9:.2f} GB"),
         ("at the disk's rate", "", f"{b['read'] / rate:.2f} s of {rate / 1e9:.2f} GB/s"),

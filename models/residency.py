@@ -389,31 +389,33 @@ class Residency:
 
     def _run_stream(self, graph: Graph, stream: Stream) -> None:
         report = self.report.streams[-1]
-        reader = _Reader(stream, self._present)
+        reader = _Reader(stream, self._present, self._drop)
 
         def before(i: int) -> None:
             if i and not stream.pieces[i - 1].stays:
-                self._drop(stream.pieces[i - 1].ranges)
-                reader.given_back(i - 1)
+                reader.give_back(i - 1)
             report.waited_seconds += reader.wait(i)
 
         try:
             graph.run_pieces([piece.end for piece in stream.pieces[:-1]], before)
             report.passes += 1
         finally:
-            for i in reader.close():
-                self._drop(stream.pieces[i].ranges)
+            reader.close()
 
 
 class _Reader:
-    """A thread that reads the pieces of a stream in their order, as far ahead as the window allows."""
+    """A thread that reads the pieces of a stream in their order, as far ahead as the window allows, and drops those
+    that have been used: while that is done, or waited for, the other threads compute.
+    """
 
-    def __init__(self, stream: Stream, present: set[Range]) -> None:
+    def __init__(self, stream: Stream, present: set[Range], drop: Callable[[Iterable[Range]], None]) -> None:
         self._stream = stream
         self._present = present  # ranges that stay and have been read
+        self._drop = drop
         self._changed = threading.Condition()
         self._n_read = 0  # pieces
         self._unreturned: set[int] = set()  # pieces that do not stay, read or being read
+        self._used: list[int] = []  # those of them that nobody needs any more
         self._stopped = False
         self._thread = threading.Thread(target=self._run, name="pyggml weights", daemon=True)
         self._thread.start()
@@ -426,25 +428,28 @@ class _Reader:
                 self._changed.wait(1.0)  # a time: else Ctrl-C is not heard everywhere
         return time.perf_counter() - start
 
-    def given_back(self, i: int) -> None:
-        """Piece `i` takes no memory any more."""
+    def give_back(self, i: int) -> None:
+        """Piece `i` has been used: its memory is for others."""
         with self._changed:
-            self._unreturned.discard(i)
+            self._used.append(i)
             self._changed.notify_all()
 
-    def close(self) -> set[int]:
-        """Stop; the pieces that are still to be given back."""
+    def close(self) -> None:
+        """Stop, and give back what has been read and not been used."""
         with self._changed:
             self._stopped = True
             self._changed.notify_all()
         self._thread.join()
-        return self._unreturned
+        for i in self._unreturned:
+            self._drop(self._stream.pieces[i].ranges)
 
     def _run(self) -> None:
         try:
             for i, piece in enumerate(self._stream.pieces):
-                if not piece.stays and not self._wait_for_room(i):
+                if not piece.stays and not self._wait_for_room(piece.n_bytes):
                     return
+                if not piece.stays:
+                    self._unreturned.add(i)
                 for start, n in joined(r for r in piece.ranges if r not in self._present):
                     for at in range(start, start + n, _CALL):
                         if self._stopped:
@@ -455,21 +460,27 @@ class _Reader:
                 with self._changed:
                     self._n_read = i + 1
                     self._changed.notify_all()
+            self._wait_for_room(sys.maxsize)  # that is never: what is used is dropped, until the end
         finally:
             with self._changed:  # whatever happened here, the pages come when they are computed with
                 self._stopped = True
                 self._changed.notify_all()
 
-    def _wait_for_room(self, i: int) -> bool:
-        """Until the window has room for piece `i`; False when there is no need to go on."""
+    def _wait_for_room(self, n_bytes: int) -> bool:
+        """Drop what has been used, until the window has room; False when there is no need to go on."""
         pieces = self._stream.pieces
-        with self._changed:
-            while not self._stopped:
-                if sum(pieces[k].n_bytes for k in self._unreturned) + pieces[i].n_bytes <= self._stream.window:
-                    self._unreturned.add(i)
-                    return True
-                self._changed.wait(1.0)
-        return False
+        while True:
+            with self._changed:
+                while not self._used and not self._stopped:
+                    if sum(pieces[k].n_bytes for k in self._unreturned) + n_bytes <= self._stream.window:
+                        return True
+                    self._changed.wait(1.0)
+                if self._stopped:
+                    return False
+                used, self._used = self._used, []
+            for i in used:
+                self._drop(pieces[i].ranges)
+            self._unreturned.difference_update(used)
 
 
 def read_pages(address: int, n_bytes: int) -> None:

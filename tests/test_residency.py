@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,7 @@ from loader.checkpoint import open_checkpoint
 from loader.params import Param, Weights, load_params
 from models import residency
 from models.memory import Memory
-from models.residency import Policy, Residency, Use, split, total
+from models.residency import Policy, Range, Residency, Use, split, total
 from models.room import Room, free_memory
 from pyggml import Backend, Cancelled, GGMLError, Graph, Type, ops
 
@@ -217,6 +217,28 @@ def test_in_pieces_the_result_is_the_same_and_memory_stays_in_its_room(backend: 
         assert max(seen) < 10 * MB + MB
         assert in_memory(weights) < stream.kept + 2 * MB
         assert "stay" in keeper.report.decisions[-1]
+
+
+@linux
+def test_the_threads_that_compute_do_not_give_back(
+    backend: Backend, weights: Weights, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drop, dropped = Residency._drop, dict.fromkeys(("the reader", "others"), 0)
+
+    def watched(self: Residency, ranges: Iterable[Range]) -> None:
+        ranges = list(ranges)
+        reads = threading.current_thread().name == "pyggml weights"
+        dropped["the reader" if reads else "others"] += total(ranges)
+        drop(self, ranges)
+
+    monkeypatch.setattr(Residency, "_drop", watched)
+    keeper = Residency({"chain": weights}, room=lambda: Room(10 * MB, "a test"))
+    with chain_graph(backend, weights) as graph:
+        graph.set(ids=IDS)
+        keeper.run(graph)
+    stream = keeper.report.streams[-1]
+    assert sum(dropped.values()) == stream.per_pass > 2 * stream.window
+    assert dropped["others"] <= stream.window  # what is left when the pass is at its end
 
 
 @linux
