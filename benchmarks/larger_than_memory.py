@@ -6,12 +6,12 @@
 Two processes draw the same picture, one step of the one after one step of the other: what a neighbour on the machine
 does to steps, it does to both. One is in a memory cgroup, v1 or v2, that is made for it (this needs root) with a share
 of the diffusion model's file as its limit: --limit, 0.5 unless said. Pages that the other has read are not counted
-there, so it draws from a copy of that file (--copy, a folder; beside the file unless said). It begins with an empty page
-cache, the other with a warm one. Prints a table and one JSON line.
+there, so it draws from a copy of that file (--copy, a folder; beside the file unless said). It begins with an empty
+page cache, the other with a warm one. Prints a table and one JSON line.
 
 Rows: seconds of a step (median, without the first), and of what each limited step took of the one before it; bytes read
 and major faults of the computing threads in a step, the disk's rate while nothing computes, the time in a step that was
-spent waiting for the reader, the peak of what the cgroup was charged with, and whether the picture is the same, byte for
+spent waiting for the reader, the peak of what the cgroup was charged with, and whether the picture is the same, byte by
 byte.
 """
 
