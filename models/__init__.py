@@ -6,20 +6,37 @@ import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .z_image.pipeline import ZImagePipeline
+    from .pipeline import Pipeline
+    from .qwen_image import QwenImagePipeline
+    from .z_image import ZImagePipeline
 
-__all__ = ["load"]
+__all__ = ["load", "pipeline_for"]
 
 
 def load(
     diffusion_model: str | os.PathLike[str], llm: str | os.PathLike[str], vae: str | os.PathLike[str], **options: Any
-) -> ZImagePipeline:
+) -> Pipeline:
     """The pipeline for three files or diffusers folders: diffusion model, text encoder, autoencoder.
 
-    Options are those of the pipeline's own `load`, for Z-Image `models.z_image.pipeline.ZImagePipeline.load`:
-    backend, n_threads, options (a loader.LoadOptions), compat, encoder. Raises LoadError when a file is broken or is of
-    a model that is not known.
+    Options are those of the pipeline's own `load`: `models.z_image.ZImagePipeline.load` has those that all share
+    (backend, n_threads, options (a loader.LoadOptions), compat, encoder, ...), and
+    `models.qwen_image.QwenImagePipeline.load` some more. Raises LoadError when a file is broken or is of a model that
+    is not known.
     """
-    from .z_image.pipeline import ZImagePipeline
+    return pipeline_for(diffusion_model).load(diffusion_model, llm, vae, **options)
 
-    return ZImagePipeline.load(diffusion_model, llm, vae, **options)
+
+def pipeline_for(diffusion_model: str | os.PathLike[str]) -> type[ZImagePipeline] | type[QwenImagePipeline]:
+    """The kind of pipeline that a diffusion model's file is for; only its header is read. LoadError as `load`."""
+    from loader.checkpoint import open_checkpoint
+    from loader.describe import describe
+
+    with open_checkpoint(diffusion_model) as checkpoint:
+        architecture = describe(checkpoint).architecture
+    if architecture in ("Qwen-Image", "Qwen-Image Layered"):
+        from .qwen_image import QwenImagePipeline
+
+        return QwenImagePipeline
+    from .z_image import ZImagePipeline  # which says what is wrong with anything else
+
+    return ZImagePipeline

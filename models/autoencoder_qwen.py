@@ -24,6 +24,7 @@ from pyggml import Backend, Graph, Tensor, ops
 
 from .compute import Compute
 from .nn import ChannelNorm, Conv2d, Module, PixelLinear, attention
+from .tiles import Map, Tiles
 
 FACTOR = 8  # picture pixels along a side of a latent pixel
 MEAN = np.array(
@@ -106,11 +107,25 @@ class Residual(Module):
         self.shortcut = PixelLinear(n_in, n_out) if n_in != n_out else None
 
     def __call__(self, x: Tensor) -> Tensor:
-        norm_1, _, conv_1, norm_2, _, _, conv_2 = self.residual
-        h = conv_1(norm_1(x, silu=True))
+        h = self._first(x)
         if self.shortcut is not None:
             x = self.shortcut(x)
-        return conv_2(norm_2(h, silu=True), residual=x)
+        return self._second(h, x)
+
+    def _first(self, x: Tensor) -> Tensor:
+        norm, _, conv = self.residual[:3]
+        return conv(norm(x, silu=True))
+
+    def _second(self, h: Tensor, x: Tensor) -> Tensor:
+        norm, _, _, conv = self.residual[3:]
+        return conv(norm(h, silu=True), residual=x)
+
+    def tiled(self, x: Map, tiles: Tiles) -> Map:
+        """The same on maps. `x` is overwritten."""
+        h = tiles(self._first, x)
+        if self.shortcut is not None:
+            x = tiles(self.shortcut, x, halo=0, in_place=True)
+        return tiles(self._second, h, residual=x, in_place=True)
 
 
 class Attention(Module):
@@ -141,6 +156,10 @@ class Resample(Module):
         _, conv = self.resample
         return conv(x) if self.down else conv(ops.upscale(x, 2))
 
+    def tiled(self, x: Map, tiles: Tiles) -> Map:
+        """The same on maps."""
+        return tiles(self, x, halo=2 if self.down else 1)  # halved, a window begins at an even pixel
+
 
 def _middle(n: int, n_frames: int) -> tuple[Residual, Attention, Residual]:
     return Residual(n, n, n_frames), Attention(n), Residual(n, n, n_frames)
@@ -152,7 +171,7 @@ class Encoder(Module):
     def __init__(self, config: QwenAutoencoderConfig) -> None:
         c, n = config.channels, config.n_frames
         self.conv1 = Conv2d(config.picture_channels, c[0], n_frames=n)
-        self.downsamples: list[Module] = []
+        self.downsamples: list[Residual | Resample] = []
         for i in _LEVELS:
             self.downsamples.append(Residual(c[max(i - 1, 0)], c[i], n))
             self.downsamples += [Residual(c[i], c[i], n) for _ in range(_N_BLOCKS - 1)]
@@ -163,10 +182,22 @@ class Encoder(Module):
 
     def __call__(self, x: Tensor) -> Tensor:
         x = self.conv1(x)
-        for step in (*self.downsamples, *self.middle):
-            x = step(x)  # type: ignore[operator]
+        for step in self.downsamples:
+            x = step(x)
+        return self._end(x)
+
+    def _end(self, x: Tensor) -> Tensor:
+        for step in self.middle:
+            x = step(x)
         norm, _, conv = self.head
         return conv(norm(x, silu=True))
+
+    def tiled(self, picture: NDArray[np.float32], tiles: Tiles) -> NDArray[np.float32]:
+        """The same on a picture [3 or 4, H, W], all but its small end in tiles."""
+        x = tiles(self.conv1, Map(picture))
+        for step in self.downsamples:
+            x = step.tiled(x, tiles)
+        return tiles.whole(self._end, x.data).data
 
 
 class Decoder(Module):
@@ -176,7 +207,7 @@ class Decoder(Module):
         c, n = config.channels, config.n_frames
         self.conv1 = Conv2d(config.latent_channels, c[3], n_frames=n)
         self.middle = _middle(c[3], n)
-        self.upsamples: list[Module] = []
+        self.upsamples: list[Residual | Resample] = []
         for i in reversed(_LEVELS):
             self.upsamples.append(Residual(c[3] if i == 3 else c[i + 1] // 2, c[i], n))
             self.upsamples += [Residual(c[i], c[i], n) for _ in range(_N_BLOCKS)]
@@ -185,11 +216,27 @@ class Decoder(Module):
         self.head = (ChannelNorm(c[0]), None, Conv2d(c[0], config.picture_channels, n_frames=n))
 
     def __call__(self, x: Tensor) -> Tensor:
+        x = self._begin(x)
+        for step in self.upsamples:
+            x = step(x)
+        return self._end(x)
+
+    def _begin(self, x: Tensor) -> Tensor:
         x = self.conv1(x)
-        for step in (*self.middle, *self.upsamples):
-            x = step(x)  # type: ignore[operator]
+        for step in self.middle:
+            x = step(x)
+        return x
+
+    def _end(self, x: Tensor) -> Tensor:
         norm, _, conv = self.head
         return conv(norm(x, silu=True))
+
+    def tiled(self, latents: NDArray[np.float32], tiles: Tiles) -> NDArray[np.float32]:
+        """The same on latents [C, h, w], all but its small beginning in tiles."""
+        x = tiles.whole(self._begin, latents)
+        for step in self.upsamples:
+            x = step.tiled(x, tiles)
+        return tiles(self._end, x).data
 
 
 class QwenAutoencoder(Module):
@@ -220,21 +267,39 @@ class QwenAutoencoder(Module):
         return graph
 
     def decode(
-        self, backend: Backend, latents: NDArray[np.float32], compute: Compute = Graph.compute
-    ) -> NDArray[np.float32]:
-        """Scaled latents [C, h, w] to a picture [3 or 4, 8 h, 8 w] in 0..1, not clipped."""
-        with self.decoder_graph(backend, *latents.shape[1:]) as graph:
-            picture = compute(graph, latents=latents * DEVIATION + MEAN)["picture"]
+        self, backend: Backend, latents: NDArray[np.float32], compute: Compute = Graph.compute,
+        *, tile: tuple[int, int] | None = None,
+    ) -> NDArray[np.float32]:  # fmt: skip
+        """Scaled latents [C, h, w] to a picture [3 or 4, 8 h, 8 w] in 0..1, not clipped.
+
+        tile: (height, width) of a tile in latent pixels; None does it all at once. OutOfMemory when that has no room.
+        """
+        assert self.decoder is not None and self.conv2 is not None
+        latents = latents * DEVIATION + MEAN
+        if tile:
+            tiles = Tiles(backend, tile, latents.shape[1:], compute)
+            picture = self.decoder.tiled(tiles.whole(self.conv2, latents).data, tiles)
+        else:
+            with self.decoder_graph(backend, *latents.shape[1:]) as graph:
+                picture = compute(graph, latents=latents)["picture"]
         return np.asarray((picture + 1) / 2, np.float32)
 
     def encode(
-        self, backend: Backend, picture: NDArray[np.float32], compute: Compute = Graph.compute
-    ) -> NDArray[np.float32]:
+        self, backend: Backend, picture: NDArray[np.float32], compute: Compute = Graph.compute,
+        *, tile: tuple[int, int] | None = None,
+    ) -> NDArray[np.float32]:  # fmt: skip
         """A picture [3 or 4, H, W] in 0..1, sides multiples of 8, to the mean of its scaled latents [C, H/8, W/8].
 
-        The mean is what every pipeline takes; nothing is drawn at random.
+        The mean is what every pipeline takes; nothing is drawn at random. tile: as in `decode`.
         """
-        with self.encoder_graph(backend, *picture.shape[1:]) as graph:
-            moments: Any = compute(graph, picture=2 * picture - 1)["moments"]
+        assert self.encoder is not None and self.conv1 is not None
+        height, width = picture.shape[1:]
+        moments: Any
+        if tile:
+            tiles = Tiles(backend, tile, (height // FACTOR, width // FACTOR), compute)
+            moments = tiles.whole(self.conv1, self.encoder.tiled(2 * picture - 1, tiles)).data
+        else:
+            with self.encoder_graph(backend, height, width) as graph:
+                moments = compute(graph, picture=2 * picture - 1)["moments"]
         mean = moments[: self.config.latent_channels]
         return np.asarray((mean - MEAN) / DEVIATION, np.float32)

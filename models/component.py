@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from loader.checkpoint import Checkpoint
+from loader.describe import describe
+from loader.errors import LoadError
 from loader.offload import Visit
 from loader.options import LoadOptions
 from loader.params import Weights, load_params
 from pyggml import Backend, Graph, SplitBackend
 
+from . import devices
 from .devices import Place, host
 from .nn import Module
 from .split import load_split
@@ -116,3 +119,29 @@ class Component:
         # Only to be copied from: as the file has them, not in a layout that the processor likes.
         options = replace(self._options or LoadOptions.from_environment(), repack="off")
         return load(options=options, buffer_type=host().buffer_type)
+
+
+@contextmanager
+def opening(place: Mapping[devices.Module, Place]) -> Iterator[list[Component]]:
+    """For components that are opened one by one: closed when one fails, and with them the backends that were opened
+    for them.
+    """
+    parts: list[Component] = []
+    try:
+        yield parts
+    except BaseException:
+        for part in parts:
+            part.close()
+        for backend in dict.fromkeys(b for one in place.values() for b in one.opened):
+            backend.close()
+        raise
+
+
+def require(checkpoint: Checkpoint, role: str, architectures: Sequence[str], option: str) -> None:
+    """LoadError that says what the file is when it is recognised as something else than what it was given as."""
+    found = describe(checkpoint)
+    if found.role not in (role, "unknown", "several models") or (
+        found.role == role and found.architecture not in (*architectures, "unknown")
+    ):
+        wanted = f"{option} wants a {role} ({' or '.join(architectures)})"
+        raise LoadError(f"{found.sentence()}; {wanted}", path=checkpoint.path)

@@ -7,10 +7,57 @@ which looks at the length of the prediction, and Qwen-Image's guidance, want vel
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Protocol
+
 import numpy as np
 from numpy.typing import NDArray
 
 Float32 = NDArray[np.float32]
+
+
+class Guidance(Protocol):
+    """How the predictions with the prompt and with the negative prompt become one, velocities [..., C, H, W] all."""
+
+    def wanted(self, sigma: float) -> bool:
+        """Whether the second prediction makes a difference at this noise level."""
+
+    def __call__(self, cond: Float32, uncond: Float32, sigma: float) -> Float32:
+        """The prediction to go on with."""
+
+
+@dataclass(frozen=True)
+class ZImageGuidance:
+    """`z_image_guidance` with a scale (0 is off) that `guidance_at` switches off on the way. A negative scale, which
+    only stable-diffusion.cpp's dialect has, stays.
+    """
+
+    scale: float
+    normalization: float = 0.0
+    truncation: float = 1.0
+
+    def _scale(self, sigma: float) -> float:
+        return guidance_at(sigma, self.scale, cfg_truncation=self.truncation) if self.scale > 0 else self.scale
+
+    def wanted(self, sigma: float) -> bool:
+        return self._scale(sigma) != 0
+
+    def __call__(self, cond: Float32, uncond: Float32, sigma: float) -> Float32:
+        return z_image_guidance(cond, uncond, self._scale(sigma), cfg_normalization=self.normalization)
+
+
+@dataclass(frozen=True)
+class QwenImageGuidance:
+    """`qwen_image_guidance` with a scale (1 is off), or plain `cfg` where `rescale` is off."""
+
+    scale: float
+    rescale: bool = True
+
+    def wanted(self, sigma: float) -> bool:
+        return self.scale != 1
+
+    def __call__(self, cond: Float32, uncond: Float32, sigma: float) -> Float32:
+        return (qwen_image_guidance if self.rescale else cfg)(cond, uncond, self.scale)
 
 
 def cfg(cond: Float32, uncond: Float32, scale: float) -> Float32:

@@ -21,26 +21,30 @@ _FORMATS = ("PNG", "JPEG", "WEBP")  # of pictures that we open: Pillow's other d
 
 
 def to_bytes(picture: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """[3, H, W] in 0..1 (clipped to it) to uint8 [H, W, 3], rounded."""
+    """[3 or 4, H, W] in 0..1 (clipped to it) to uint8 [H, W, 3 or 4], rounded."""
     return np.ascontiguousarray(np.rint(np.clip(picture, 0, 1) * 255).astype(np.uint8).transpose(1, 2, 0))
 
 
 def to_float(picture: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """uint8 [H, W, 3] to float32 [3, H, W] in 0..1."""
+    """uint8 [H, W, 3 or 4] to float32 [3 or 4, H, W] in 0..1."""
     planes: NDArray[np.float32] = np.ascontiguousarray(picture.transpose(2, 0, 1), np.float32)
     planes /= np.float32(255)
     return planes
 
 
 def to_pil(picture: NDArray[np.uint8]) -> Image.Image:
-    """uint8 [H, W, 3] as a Pillow image."""
+    """uint8 [H, W, 3 or 4] as a Pillow image."""
     from PIL import Image
 
     return Image.fromarray(picture)
 
 
-def read_image(source: str | os.PathLike[str] | IO[bytes] | Image.Image, width: int, height: int) -> NDArray[np.uint8]:
-    """A picture as uint8 [height, width, 3]: turned upright, on white where it is transparent, scaled (Lanczos).
+def read_image(
+    source: str | os.PathLike[str] | IO[bytes] | Image.Image, width: int | None = None, height: int | None = None, *,
+    alpha: bool = False,
+) -> NDArray[np.uint8]:  # fmt: skip
+    """A picture as uint8 [height, width, 3]: turned upright, on white where it is transparent, scaled (Lanczos) if a
+    size is given. `alpha`: [height, width, 4] instead, its transparency kept.
 
     ValueError, naming the file, for what is no PNG, JPEG or WebP, is broken, or is narrower than
     MIN_SIDE or larger than MAX_PIXELS.
@@ -48,7 +52,7 @@ def read_image(source: str | os.PathLike[str] | IO[bytes] | Image.Image, width: 
     from PIL import Image
 
     if isinstance(source, Image.Image):
-        return _read(source, "the picture", width, height)
+        return _read(source, "the picture", width, height, alpha)
     name = repr(os.fspath(source)) if isinstance(source, str | os.PathLike) else "the picture"
     try:
         with warnings.catch_warnings():
@@ -57,10 +61,15 @@ def read_image(source: str | os.PathLike[str] | IO[bytes] | Image.Image, width: 
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"cannot read {name}: {error}") from error
     with image:
-        return _read(image, name, width, height)
+        return _read(image, name, width, height, alpha)
 
 
-def _read(image: Image.Image, name: str, width: int, height: int) -> NDArray[np.uint8]:
+def read_mask(source: str | os.PathLike[str] | IO[bytes] | Image.Image, width: int, height: int) -> NDArray[np.uint8]:
+    """A picture's brightness, uint8 [height, width], white where it is transparent. Raises as `read_image`."""
+    return np.asarray(to_pil(read_image(source, width, height)).convert("L"), np.uint8)
+
+
+def _read(image: Image.Image, name: str, width: int | None, height: int | None, alpha: bool) -> NDArray[np.uint8]:
     from PIL import Image, ImageOps
 
     try:
@@ -70,19 +79,27 @@ def _read(image: Image.Image, name: str, width: int, height: int) -> NDArray[np.
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I"):  # 16 bits of grey, which convert() would clip
             image = Image.fromarray(np.rint(np.asarray(image, np.float32) / 257).clip(0, 255).astype(np.uint8))
-        if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        if not alpha and (image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info):
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        image = image.convert("RGB")
+        image = image.convert("RGBA" if alpha else "RGB")
     except (OSError, SyntaxError, ValueError) as error:
         raise ValueError(f"cannot read {name}: {error}") from error
-    if image.size != (width, height):
-        image = image.resize((width, height), Image.Resampling.LANCZOS)
+    size = width or image.width, height or image.height
+    if image.size != size:
+        image = image.resize(size, Image.Resampling.LANCZOS)
     return np.asarray(image, np.uint8)
 
 
+def resized(picture: NDArray[np.uint8], width: int, height: int) -> NDArray[np.uint8]:
+    """uint8 [H, W, 3 or 4] scaled (Lanczos) to [height, width, ...]."""
+    from PIL import Image
+
+    return np.asarray(to_pil(picture).resize((width, height), Image.Resampling.LANCZOS), np.uint8)
+
+
 def write_png(path: str | os.PathLike[str], picture: NDArray[np.uint8], parameters: str = "") -> None:
-    """Write uint8 [H, W, 3] as PNG with a `parameters` text; whole or not at all, as `write_whole` does."""
+    """Write uint8 [H, W, 3 or 4] as PNG with a `parameters` text; whole or not at all, as `write_whole` does."""
     from PIL import Image
     from PIL.PngImagePlugin import PngInfo
 

@@ -243,6 +243,10 @@ class Qwen25Vision(Module):
         x = first(ops.reshape(x, MERGE**2 * x.ne[0], -1))  # ne [4 * dim, n_tokens / 4]
         return last(ops.gelu_erf(x))  # ne [out_dim, n_tokens / 4]
 
+    def layout(self, rows: int, columns: int) -> Layout:
+        """Of a picture of so many rows and columns of merged units."""
+        return Layout.of(rows, columns, self.config.window // self.config.multiple)
+
     def graph(self, backend: Backend, layout: Layout) -> Graph:
         """Inputs patches [n_tokens, 3 patch²] and position [4 n_tokens]; output rows, in the layout's order."""
         c, n = self.config, MERGE**2 * layout.order.size
@@ -262,7 +266,7 @@ class Qwen25Vision(Module):
         (rows, rest), (columns, rest_2) = (divmod(side, c.multiple) for side in picture.shape[1:])
         if picture.shape[0] != 3 or rest or rest_2 or not rows or not columns:
             raise ValueError(f"the vision tower takes [3, H, W] with sides of {c.multiple} n, not {picture.shape}")
-        layout = Layout.of(rows, columns, c.window // c.multiple)
+        layout = self.layout(rows, columns)
         with self.graph(backend, layout) as graph:
             patches = layout.patches(picture, c.patch)
             found: Any = compute(graph, patches=patches, position=layout.positions())["rows"]

@@ -20,7 +20,9 @@ from loader.errors import LoadError
 from pyggml import Backend, Graph, Tensor, Type, ops
 
 from .compute import Compute
+from .lora import Naming, extra_nodes
 from .nn import Embedding, Linear, Module, RMSNorm, attention
+from .qwen3 import ALIASES
 
 IMAGE_PAD = 151655  # <|image_pad|>
 
@@ -134,6 +136,8 @@ class Block(Module):
 class Qwen25VL(Module):
     """The text encoder: token ids, and rows of the vision tower, to hidden states."""
 
+    naming = Naming([*ALIASES, (r"^output_norm$", "norm")], unused=r"(visual_.*|lm_head|output)$")
+
     def __init__(self, config: Qwen25VLConfig) -> None:
         self.token_embd = Embedding(config.n_vocab, config.dim)
         self.blk = [Block(config) for _ in range(config.n_layers)]
@@ -157,7 +161,7 @@ class Qwen25VL(Module):
         """Inputs ids [n], position [4 n] (i32), mask [n, n] (f16), and, where there are image tokens, images [m, dim]
         and places [m] (i32); output hidden, numpy [n_tokens - n_dropped, dim].
         """
-        graph = Graph(backend, n_nodes=64 + 48 * len(self.blk))
+        graph = Graph(backend, n_nodes=64 + 48 * len(self.blk) + extra_nodes(self))
         ids = graph.input((n_tokens,), Type.I32, name="ids")
         position = graph.input((4 * n_tokens,), Type.I32, name="position")
         mask = graph.input((n_tokens, n_tokens), Type.F16, name="mask")
@@ -170,11 +174,12 @@ class Qwen25VL(Module):
 
     def encode(
         self, backend: Backend, ids: NDArray[np.int32], images: NDArray[np.float32] | None = None, *,
-        position: NDArray[np.int32] | None = None, n_dropped: int = 0, compute: Compute = Graph.compute,
+        position: NDArray[np.int32] | None = None, image_pad: int = IMAGE_PAD, n_dropped: int = 0,
+        compute: Compute = Graph.compute,
     ) -> NDArray[np.float32]:  # fmt: skip
         """Hidden states of token `ids` [n]: float32 [n - n_dropped, dim], the first n_dropped left out.
 
-        images: float32 [m, dim] for the m IMAGE_PAD tokens, in their order; position: [3, n], one after the other
+        images: float32 [m, dim] for the m tokens `image_pad`, in their order; position: [3, n], one after the other
         unless given (see `grid_positions`). ValueError for an id outside the table, another number of images' rows, or
         too little left.
         """
@@ -185,7 +190,7 @@ class Qwen25VL(Module):
             raise ValueError(f"token id {ids.max()} is not in the encoder's table of {self.config.n_vocab} rows")
         if not 0 <= n_dropped < len(ids):
             raise ValueError(f"{n_dropped} of {len(ids)} tokens cannot be dropped")
-        n, places = len(ids), np.flatnonzero(ids == IMAGE_PAD) if images is not None else np.zeros(0)
+        n, places = len(ids), np.flatnonzero(ids == image_pad) if images is not None else np.zeros(0)
         if images is not None and images.shape != (len(places), self.config.dim):
             wanted = f"[{len(places)}, {self.config.dim}]"
             raise ValueError(f"the prompt has {len(places)} image tokens: images are {wanted}, not {images.shape}")
@@ -202,26 +207,28 @@ class Qwen25VL(Module):
         return np.asarray(hidden).reshape(n - n_dropped, self.config.dim)  # numpy shapes lose a leading one
 
 
-def grid_positions(ids: NDArray[np.int32], grids: Sequence[tuple[int, int]]) -> NDArray[np.int32]:
+def grid_positions(
+    ids: NDArray[np.int32], grids: Sequence[tuple[int, int]], image_pad: int = IMAGE_PAD
+) -> NDArray[np.int32]:
     """[3, n]: time, row and column of each token, as the model was trained: an image's tokens share their time and
     count rows and columns from there; what follows begins behind the longer side.
 
-    grids: rows and columns of each image's tokens. ValueError when they do not fit the runs of IMAGE_PAD.
+    grids: rows and columns of each image's tokens. ValueError when they do not fit the runs of `image_pad`.
     """
     ids = np.asarray(ids)
     parts, start, at = [], 0, 0
     for rows, columns in grids:
-        places = np.flatnonzero(ids[at:] == IMAGE_PAD)
+        places = np.flatnonzero(ids[at:] == image_pad)
         first = at + int(places[0]) if places.size else len(ids)
         n = rows * columns
-        if not (ids[first : first + n] == IMAGE_PAD).all() or first + n > len(ids):
+        if not (ids[first : first + n] == image_pad).all() or first + n > len(ids):
             raise ValueError(f"the prompt has no {n} image tokens for an image of {rows} x {columns}")
         parts.append(np.tile(start + np.arange(first - at), (3, 1)))
         start += first - at
         row, column = np.divmod(np.arange(n), columns)
         parts.append(start + np.stack([np.zeros_like(row), row, column]))
         start, at = start + max(rows, columns), first + n
-    if (ids[at:] == IMAGE_PAD).any():
+    if (ids[at:] == image_pad).any():
         raise ValueError(f"the prompt has more image tokens than its {len(grids)} images")
     parts.append(np.tile(start + np.arange(len(ids) - at), (3, 1)))
     return np.concatenate(parts, axis=1).astype(np.int32)

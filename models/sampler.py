@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from .rng import RNG
+from .rng import RNG, make_rng
 
 Array = NDArray[Any]  # float32; mypy cannot follow its dtype through arithmetic with floats
 Denoise = Callable[[Array, float], Array]
@@ -92,6 +92,19 @@ def sample(
             x = steps.send(x)
     steps.close()
     return x
+
+
+def evaluated(method: str, sigmas: Array, eta: float | None = None) -> list[float]:
+    """The noise levels at which a run of `sample` asks for an estimate, in order. They depend on no latents."""
+    asked: list[float] = []
+    both = find_sampler(method, eta).both
+
+    def denoise(x: Array, sigma: float) -> Any:
+        asked.append(float(sigma))
+        return (x, x) if both else x
+
+    sample(method, denoise, np.ones((1, 2, 2), np.float32), sigmas, rng=make_rng("cpu", 0), eta=eta)
+    return asked
 
 
 # -- one evaluation per step -----------------------------------------------------------------------------------------

@@ -69,9 +69,17 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     add("-p", "--prompt", dest="prompt_option", metavar="PROMPT", help="the same, as sd-cli spells it")
     add("-o", "--output", default="output.png", metavar="FILE", help="PNG to write; %%d is the number (output.png)")
     models = parser.add_argument_group("models")
-    models.add_argument("--diffusion-model", metavar="FILE", help="Z-Image transformer: gguf, safetensors or a folder")
-    models.add_argument("--llm", metavar="FILE", help="Qwen3 text encoder")
-    models.add_argument("--vae", metavar="FILE", help="Flux autoencoder")
+    models.add_argument("--diffusion-model", metavar="FILE",
+                        help="Z-Image or Qwen-Image transformer: gguf, safetensors or a folder")  # fmt: skip
+    models.add_argument("--llm", "--qwen2vl", metavar="FILE", help="text encoder: Qwen3, or Qwen2.5-VL for Qwen-Image")
+    models.add_argument("--vae", metavar="FILE", help="autoencoder: Flux's, or Qwen-Image's")
+    models.add_argument("--llm-vision", "--llm_vision", "--qwen2vl_vision", metavar="FILE",
+                        help="vision tower (mmproj) for editing, where the text encoder's file has none")  # fmt: skip
+    models.add_argument("--edit-model", choices=("edit", "2509", "2511"),
+                        help="which Qwen-Image-Edit it is: 2511 if its file is marked so, else 2509")  # fmt: skip
+    models.add_argument("--model-args", metavar="KEY=VALUE", help="sd-cli's: qwen_image_zero_cond_t=true")
+    models.add_argument("--grid-positions", action="store_true",
+                        help="place pictures' tokens by row and column, as the text encoder was trained")  # fmt: skip
     mode = models.add_mutually_exclusive_group()
     set_mode = partial(mode.add_argument, dest="mmap", action="store_const", default="auto")
     set_mode("--mmap", const="map", help="leave weights in the mapped files (default, but on network file systems)")
@@ -100,14 +108,19 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     picture.add_argument("-s", "--seed", type=int, default=42, metavar="N", help="42; below 0: a random one")
     picture.add_argument("-b", "--batch-count", type=int, default=1, metavar="N", help="pictures, with seeds N, N+1...")
     picture.add_argument("-i", "--init-img", metavar="FILE", help="start from this picture")
+    picture.add_argument("--mask", metavar="FILE", help="of --init-img: white is drawn anew, the rest stays")
+    picture.add_argument("-r", "--ref-image", action="append", default=[], metavar="FILE",
+                         help="a picture to edit, or to take apart into layers; may be repeated")  # fmt: skip
+    picture.add_argument("--layers", "--qwen-image-layers", type=int, metavar="N", help="how many layers (4)")
     picture.add_argument("--strength", type=float, metavar="X", help="how much of it to forget, 0..1 (0.75)")
     steps = parser.add_argument_group("sampling")
-    steps.add_argument("--steps", type=int, metavar="N", help="8")
-    steps.add_argument("--cfg-scale", type=float, default=1.0, metavar="X", help="guidance; 1 = off (default)")
+    steps.add_argument("--steps", type=int, metavar="N", help="8 (Z-Image), 50 (Qwen-Image)")
+    steps.add_argument("--cfg-scale", type=float, metavar="X", help="guidance, 1 = off; 1 (Z-Image), 4 (Qwen-Image)")
     steps.add_argument("--sampling-method", default="euler", metavar="NAME", help="euler; an unknown name lists all")
     steps.add_argument("--scheduler", metavar="NAME", help="the noise levels' schedule; an unknown name lists all")
     steps.add_argument("--sigmas", metavar="A,B,...,0", help="noise levels instead of a schedule")
-    steps.add_argument("--flow-shift", type=float, metavar="X", help="3 (Z-Image-Turbo); 6 for Z-Image")
+    steps.add_argument("--flow-shift", type=float, metavar="X",
+                       help="3 (Z-Image-Turbo), 6 for Z-Image; by the size of the picture (Qwen-Image)")  # fmt: skip
     steps.add_argument("--eta", type=float, metavar="X", help="noise put back by ancestral methods")
     steps.add_argument("--rng", choices=("cpu", "cuda"), help="cpu draws noise as torch on CPU, cuda as on CUDA")
     where = parser.add_argument_group("devices (docs/devices.md)")

@@ -32,6 +32,11 @@ def generate(args: argparse.Namespace) -> int:
     prompt, tags = loras.take_tags(written_prompt)
     files = _models(args)
     _check(args)
+
+    import models
+
+    family = models.pipeline_for(files[0])
+    of_family = _of_family(args, family)
     options = _load_options(args)
     backend, params_backend = _devices(args)
     wanted_loras = loras.find_all(tags, args.lora, args.lora_model_dir)
@@ -43,23 +48,22 @@ def generate(args: argparse.Namespace) -> int:
     seed = secrets.randbelow(2**31) if args.seed < 0 else args.seed
     strength = INIT_STRENGTH if args.strength is None else args.strength
     tile = _tile(args)
-    sigmas = _check_sampling(args, width, height, seed, strength)
+    sigmas = _check_sampling(args, family, width, height, seed, strength)
     shift = args.flow_shift
     if sigmas and args.compat != "sd.cpp":  # diffusers would shift them and put the 0 at the end itself
         sigmas, shift = sigmas[:-1], 1.0
 
-    import models
     from models.image import write_png, write_whole
 
     load: dict[str, Any] = {
         "backend": backend, "params_backend": params_backend, "n_threads": args.threads, "options": options,
-        "compat": args.compat, "encoder": args.init_img is not None, "lora_apply_mode": args.lora_apply_mode,
-        "memory_limit": args.max_ram,
+        "compat": args.compat, "encoder": bool(args.init_img or args.ref_image),
+        "lora_apply_mode": args.lora_apply_mode, "memory_limit": args.max_ram, **of_family,
     }  # fmt: skip
     shape: dict[str, Any] = {
         "negative_prompt": args.negative_prompt, "width": width, "height": height,
-        "guidance_scale": args.cfg_scale - 1, "method": args.sampling_method,
-        "num_images_per_prompt": args.batch_count,
+        "cfg_scale": args.cfg_scale, "method": args.sampling_method, "num_images_per_prompt": args.batch_count,
+        "reference_images": args.ref_image, "layers": args.layers,
     }  # fmt: skip
     if args.dry_run:
         _show_plan(args, prompt, files, load, shape, tile if args.vae_tiling else None)
@@ -74,14 +78,16 @@ def generate(args: argparse.Namespace) -> int:
         bars("load", 1, 1)
         loaded = time.perf_counter() - start
         before = {"load": loaded}
-        n_steps = args.steps or pipe.default_steps
 
         def save(i: int, used_seed: int, picture: Any) -> None:
-            text = ""
-            if not args.disable_image_metadata:
-                text = parameters(args, written_prompt, used_seed, picture.shape, n_steps)
-            write_png(outputs[i], picture, text)
-            written.append(outputs[i])
+            layers = picture if isinstance(picture, list) else [picture]
+            for k, layer in enumerate(layers):
+                text = ""
+                if not args.disable_image_metadata:
+                    text = parameters(args, pipe, written_prompt, used_seed, layer.shape)
+                path = outputs[i] if len(layers) == 1 else outputs[i].with_stem(f"{outputs[i].stem}_layer{k}")
+                write_png(path, layer, text)
+                written.append(path)
 
         with pipe:
             pipe.find_bad_op = args.find_bad_op
@@ -95,8 +101,8 @@ def generate(args: argparse.Namespace) -> int:
             predicted = _predict(pipe, args, prompt, shape).to_dict() if report else None
             result = pipe(
                 prompt, **shape, num_inference_steps=args.steps, sigmas=sigmas, scheduler=args.scheduler, shift=shift,
-                eta=args.eta, seed=seed, rng=args.rng, init_image=args.init_img, strength=strength, output_type="np",
-                progress=bars, on_image=save,
+                eta=args.eta, seed=seed, rng=args.rng, init_image=args.init_img, mask_image=args.mask,
+                strength=strength, output_type="np", progress=bars, on_image=save,
             )  # fmt: skip
     if report:
         data = result.report.to_dict()
@@ -163,12 +169,35 @@ def _models(args: argparse.Namespace) -> tuple[str, str, str]:
     return args.diffusion_model, args.llm, args.vae
 
 
+def _of_family(args: argparse.Namespace, family: Any) -> dict[str, Any]:
+    """What a family's `load` is given beside the options of all; ValueError for what is another family's."""
+    cfg = family.default_cfg_scale if args.cfg_scale is None else args.cfg_scale
+    if args.negative_prompt and cfg == 1:
+        print("warning: --negative-prompt has no effect with --cfg-scale 1", file=sys.stderr)
+    found = {
+        "llm_vision": args.llm_vision, "variant": args.edit_model, "grid_positions": args.grid_positions or None,
+    }  # fmt: skip
+    for pair in args.model_args.split(",") if args.model_args else []:
+        key, _, value = pair.partition("=")
+        if key.strip() != "qwen_image_zero_cond_t" or value.strip() not in ("true", "false"):
+            raise ValueError(f"--model-args {pair!r}: only qwen_image_zero_cond_t=true is known, or =false")
+        if args.edit_model and (args.edit_model == "2511") != (value.strip() == "true"):
+            raise ValueError(f"--model-args {pair} contradicts --edit-model {args.edit_model}")
+        found["variant"] = "2511" if value.strip() == "true" else args.edit_model or "2509"
+    found = {key: value for key, value in found.items() if value is not None}
+    if found and not family.edits:
+        raise ValueError("--llm-vision, --edit-model, --model-args and --grid-positions are for Qwen-Image")
+    if args.ref_image and not family.edits:
+        raise ValueError("--ref-image: this model edits no pictures; --init-img starts from one")
+    return found
+
+
 def _check(args: argparse.Namespace) -> None:
     lowest = 0 if args.compat == "sd.cpp" else 1  # below 1 stable-diffusion.cpp mixes in the negative prompt
-    if not lowest <= args.cfg_scale < 1000:
+    if args.cfg_scale is not None and not lowest <= args.cfg_scale < 1000:
         raise ValueError(f"--cfg-scale must be in {lowest}..1000, where 1 is off, not {args.cfg_scale}")
-    if args.negative_prompt and args.cfg_scale == 1:
-        print("warning: --negative-prompt has no effect with --cfg-scale 1", file=sys.stderr)
+    if args.mask is not None and args.init_img is None:
+        raise ValueError("--mask needs --init-img, the picture of which a part is drawn anew")
     if args.steps is not None and not 1 <= args.steps <= 1000:
         raise ValueError(f"--steps must be in 1..1000, not {args.steps}")
     if not 1 <= args.batch_count <= 1000:
@@ -243,12 +272,12 @@ def _check_writable(path: Path) -> None:
 
 
 def _check_sampling(
-    args: argparse.Namespace, width: int | None, height: int | None, seed: int, strength: float
-) -> list[float] | None:
+    args: argparse.Namespace, family: Any, width: int | None, height: int | None, seed: int, strength: float
+) -> list[float] | None:  # fmt: skip
     """What the pipeline would refuse, before models are loaded. Returns the noise levels of --sigmas, if given."""
     from models import image, sampler, schedule
+    from models.pipeline import check_size
     from models.rng import make_rng
-    from models.z_image.pipeline import ZImagePipeline, check_size
 
     check_size(64 if width is None else width, 64 if height is None else height)
     sampler.find_sampler(args.sampling_method, args.eta)
@@ -256,10 +285,11 @@ def _check_sampling(
     if args.sigmas:
         levels = schedule.explicit(_numbers("--sigmas", args.sigmas))
     else:
-        levels = schedule.sigmas(args.scheduler or "diffusers", args.steps or ZImagePipeline.default_steps)
+        levels = schedule.sigmas(args.scheduler or "diffusers", args.steps or family.default_steps)
     if args.init_img is not None:
         schedule.after_strength(levels, strength, compat="sd.cpp" if args.compat == "sd.cpp" else None)
-        image.read_image(args.init_img, 16, 16)
+    for path in filter(None, [args.init_img, args.mask, *args.ref_image]):
+        image.read_image(path, 16, 16)
     return levels.tolist() if args.sigmas else None
 
 
@@ -307,12 +337,13 @@ def _outputs(pattern: str, n: int) -> list[Path]:
     return [path] if n == 1 else [path.with_stem(f"{path.stem}_{i}") for i in range(n)]
 
 
-def parameters(args: argparse.Namespace, prompt: str, seed: int, shape: tuple[int, ...], n_steps: int) -> str:
+def parameters(args: argparse.Namespace, pipe: Any, prompt: str, seed: int, shape: tuple[int, ...]) -> str:
     """The `parameters` text of AUTOMATIC1111's tools: prompt, negative prompt, settings."""
     from pyggml import __version__
 
     settings: dict[str, object] = {
-        "Steps": args.sigmas.count(",") if args.sigmas else n_steps, "CFG scale": args.cfg_scale, "Seed": seed,
+        "Steps": args.sigmas.count(",") if args.sigmas else args.steps or pipe.default_steps,
+        "CFG scale": pipe.default_cfg_scale if args.cfg_scale is None else args.cfg_scale, "Seed": seed,
         "Size": f"{shape[1]}x{shape[0]}", "Model": Path(args.diffusion_model).stem,
         "RNG": args.rng or ("cuda" if args.compat == "sd.cpp" else "cpu"),
         "Sampler": f"{args.sampling_method} {args.scheduler or ''}".strip(),

@@ -8,20 +8,23 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from models.pipeline import Pipeline
     from models.prediction import Prediction, StandIn
-    from models.z_image.pipeline import ZImagePipeline
 
-_NAMES = {"qwen3": "text encoder", "z_image": "transformer", "vae": "autoencoder"}
+_NAMES = {
+    "qwen3": "text encoder", "qwen25_vl": "text encoder", "vision": "vision tower", "z_image": "transformer",
+    "qwen_image": "transformer", "vae": "autoencoder",
+}  # fmt: skip
 
 
-def predict_run(pipe: ZImagePipeline, prompt: str, **options: Any) -> Prediction:
-    """What pipe(prompt, **options) will take; `pipe` may be one of stand-ins. Options as ZImagePipeline.phases."""
+def predict_run(pipe: Pipeline, prompt: str, **options: Any) -> Prediction:
+    """What pipe(prompt, **options) will take; `pipe` may be one of stand-ins. Options as Pipeline.phases."""
     from models.memory import Memory
     from models.prediction import StandIn, predict
     from models.room import Room, free_memory
 
     phases = pipe.phases(prompt, **options)
-    parts = (pipe.text_encoder, pipe.transformer, pipe.vae)
+    parts = pipe.components()
     now, room = Memory.now(), free_memory()
     there = locked = to_come = 0  # copies that are in memory already; what a load would still lock, and copy
     for part in parts:
@@ -38,11 +41,11 @@ def predict_run(pipe: ZImagePipeline, prompt: str, **options: Any) -> Prediction
     )  # fmt: skip
 
 
-def show(pipe: ZImagePipeline, prediction: Prediction, heading: str, as_json: bool) -> None:
+def show(pipe: Pipeline, prediction: Prediction, heading: str, as_json: bool) -> None:
     """Print the plan of a pipeline of stand-ins."""
     from models.prediction import StandIn
 
-    parts = [c for c in (pipe.text_encoder, pipe.transformer, pipe.vae) if isinstance(c.weights, StandIn)]
+    parts = [c for c in pipe.components() if isinstance(c.weights, StandIn)]
     components = [_component(c.weights, c.checkpoint.path) for c in parts if isinstance(c.weights, StandIn)]
     if as_json:
         print(json.dumps({"components": components, **prediction.to_dict()}, indent=1, ensure_ascii=False))

@@ -114,6 +114,8 @@ def test_every_option_in_sd_clis_spelling_reaches_the_pipeline(
 
     class Pipe:
         default_steps = 8
+        default_cfg_scale = 1.0
+        edits = False
 
         def __call__(self, prompt: str, **options: Any) -> Any:
             called.update(options, prompt=prompt)
@@ -130,6 +132,7 @@ def test_every_option_in_sd_clis_spelling_reaches_the_pipeline(
         return Pipe()
 
     monkeypatch.setattr(models, "load", load)
+    monkeypatch.setattr(models, "pipeline_for", lambda file: Pipe)
     Image.new("RGB", (64, 64), "red").save("start.png")
     code, _, err = run(
         "generate", "-p", "p", "--negative-prompt", "n", "--diffusion-model", "d", "--llm", "l", "--vae", "v",
@@ -137,7 +140,7 @@ def test_every_option_in_sd_clis_spelling_reaches_the_pipeline(
         "--sigmas", "1,0.5,0", "--flow-shift", "4", "--rng", "cuda", "--init-img", "start.png", "--strength", "0.9",
         "--batch-count", "2", "--threads", "2", "--no-mmap", "--compat", "sd.cpp", "--eta", "0.5",
         "--backend", "*=cpu", "--vae-on-cpu", "--lora-apply-mode", "at_runtime", "--max-ram", "6G",
-        "--params-backend", "clip=disk", capsys=capsys,
+        "--params-backend", "clip=disk", "--mask", "start.png", capsys=capsys,
     )  # fmt: skip
     assert err == "warning: width 60 is no multiple of 8, 64 is used\nerror: enough\n" and code == 2
     assert called.pop("progress") and called.pop("on_image")
@@ -146,13 +149,14 @@ def test_every_option_in_sd_clis_spelling_reaches_the_pipeline(
         "params_backend": "te=disk,diffusion=auto,vae=auto",
         "n_threads": 2, "options": LoadOptions(mode="off"), "compat": "sd.cpp",
         "encoder": True, "prompt": "p", "negative_prompt": "n", "width": 64, "height": 128, "num_inference_steps": None,
-        "guidance_scale": 2.0, "sigmas": [1.0, 0.5, 0.0], "scheduler": None, "shift": 4.0, "method": "euler_a",
+        "cfg_scale": 3.0, "reference_images": [], "layers": None, "mask_image": "start.png",
+        "sigmas": [1.0, 0.5, 0.0], "scheduler": None, "shift": 4.0, "method": "euler_a",
         "eta": 0.5, "seed": 5, "num_images_per_prompt": 2, "rng": "cuda", "init_image": "start.png", "strength": 0.9,
         "output_type": "np", "closed": True, "lora_apply_mode": "at_runtime", "memory_limit": 6 << 30,
     }  # fmt: skip
     run("generate", "p", "-t", "-1", "--steps", "3", "--scheduler", "karras", "--sigmas", "", capsys=capsys)
     assert called["n_threads"] is None and called["scheduler"] == "karras" and called["num_inference_steps"] == 3
-    assert called["options"] == LoadOptions() and called["files"] == tuple(MODEL) and called["guidance_scale"] == 0
+    assert called["options"] == LoadOptions() and called["files"] == tuple(MODEL) and called["cfg_scale"] is None
 
 
 def test_a_batch_has_seeds_in_a_row_and_numbered_files(in_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

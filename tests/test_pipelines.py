@@ -19,6 +19,7 @@ from tiny_models import golden, weight, write_tiny_models
 
 import models
 from loader.errors import LoadError
+from models.guidance import ZImageGuidance
 from models.qwen3 import Qwen3
 from models.rng import make_rng
 from models.sampler import SAMPLERS
@@ -128,11 +129,11 @@ def test_stages_one_by_one_equal_the_whole(pipe: ZImagePipeline) -> None:
     whole = pipe("a red circle", **SMALL, seed=5, guidance_scale=2.0, negative_prompt=" blue").images[0]
     cond, uncond = pipe.encode("a red circle"), pipe.encode(" blue")
     noise = make_rng("cpu", 5).randn((16, 4, 4))
-    latents = pipe.denoise(noise, sigmas("diffusers", 2), cond, uncond, guidance_scale=2.0)
+    latents = pipe.denoise(noise, sigmas("diffusers", 2), cond, uncond, guidance=ZImageGuidance(2.0))
     np.testing.assert_array_equal(pipe.decode(latents), whole)
     # embeddings and latents as plain arrays
     arrays = cond.features.copy(), uncond.features.copy()
-    again = pipe.denoise(noise, sigmas("diffusers", 2), *arrays, guidance_scale=2.0)
+    again = pipe.denoise(noise, sigmas("diffusers", 2), *arrays, guidance=ZImageGuidance(2.0))
     np.testing.assert_array_equal(again, latents)
     for given in (cond, cond.features.copy()):
         result = pipe(
@@ -205,7 +206,7 @@ def test_explicit_sigmas(pipe: ZImagePipeline, sd_cpp: ZImagePipeline) -> None:
     for used, bad in ((pipe, [1.0, 0.5, 0.0]), (pipe, [0.5, 0.7]), (pipe, []), (sd_cpp, [1.0, 0.5]), (pipe, [2.0])):
         with pytest.raises(ValueError, match="sigmas must"):
             used("never encoded", **SMALL, sigmas=bad)
-    assert ("diffusers", "never encoded") not in pipe._prompts
+    assert ("diffusers", "never encoded", ()) not in pipe._prompts
 
 
 @pytest.mark.parametrize("method", SAMPLERS)
@@ -233,11 +234,13 @@ def test_cfg_plus_plus_uses_the_unguided_estimate(pipe: ZImagePipeline) -> None:
             v = [pipe._velocity(expected, float(s), pipe._context(c)) for c in (cond, uncond)]
             unguided = expected - s * v[1]
             expected = expected - s * (v[0] + np.float32(g) * (v[0] - v[1])) + (expected - unguided) * (s_next / s)
-        close_to(pipe.denoise(x, levels, cond, uncond, guidance_scale=g, method="euler_cfg_pp"), expected, 1e-5)
+        guidance = ZImageGuidance(g) if g else None
+        latents = pipe.denoise(x, levels, cond, uncond, guidance=guidance, method="euler_cfg_pp")
+        close_to(latents, expected, 1e-5)
     with pytest.raises(ValueError, match="negative prompt"):
         pipe.denoise(x, levels, cond, method="euler_cfg_pp")
     with pytest.raises(ValueError, match="negative prompt"):
-        pipe.denoise(x, levels, cond, guidance_scale=1.0)
+        pipe.denoise(x, levels, cond, guidance=ZImageGuidance(1.0))
 
 
 def test_guidance_in_both_dialects(pipe: ZImagePipeline, sd_cpp: ZImagePipeline) -> None:
@@ -395,7 +398,7 @@ def test_no_prompt_is_encoded_twice(fresh: ZImagePipeline, encoded: list[int]) -
 
 
 def test_the_cache_of_prompts_is_bounded(fresh: ZImagePipeline, encoded: list[int]) -> None:
-    from models.z_image.pipeline import CACHED_PROMPTS
+    from models.pipeline import CACHED_PROMPTS
 
     for i in range(CACHED_PROMPTS + 5):
         fresh.encode(f"prompt {i}")

@@ -17,6 +17,7 @@ from loader.describe import describe
 from loader.params import load_params
 from models import autoencoder_qwen, qwen25_vision, qwen25_vl
 from models.autoencoder_qwen import QwenAutoencoder, QwenAutoencoderConfig
+from models.image import to_float
 from models.nn import Linear, linear_gelu
 from models.qwen25_vision import Layout, Qwen25Vision, VisionConfig
 from models.qwen25_vl import Qwen25VL, Qwen25VLConfig
@@ -28,6 +29,7 @@ from models.tokenizer import Tokenizer
 from pyggml import Backend, Buffer, Context, Graph, Type, ops
 
 GOLDEN = Path(__file__).parent / "golden"
+PAD = 280  # <|image_pad|> of the tiny vocabulary
 TOLERANCE = 1e-4  # relative to the largest value
 
 
@@ -166,20 +168,19 @@ def test_vision_tower(backend: Backend, tmp_path: Path, names: str) -> None:
 
 @pytest.mark.parametrize("positions", ["one after the other", "grid"])
 def test_text_encoder_with_a_picture(
-    backend: Backend, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, positions: str
+    backend: Backend, tmp_path: Path, positions: str
 ) -> None:
     arrays = golden("qwen25_vl")
-    monkeypatch.setattr(qwen25_vl, "IMAGE_PAD", 280)  # of the tiny vocabulary
     checkpoint = vl_checkpoint(tmp_path, "newer").renamed(qwen25_vl.RENAMES)
     module = Qwen25VL(Qwen25VLConfig.from_checkpoint(checkpoint))
     ids, tower = arrays["picture/ids"], arrays["picture/tower"]
     on_grid = positions == "grid"
     with load_params(module.params(), checkpoint, backend=backend, component="qwen25_vl"):
-        where = qwen25_vl.grid_positions(ids, [(6, 5)]) if on_grid else None
-        hidden = module.encode(backend, ids, tower, position=where)
+        where = qwen25_vl.grid_positions(ids, [(6, 5)], PAD) if on_grid else None
+        hidden = module.encode(backend, ids, tower, position=where, image_pad=PAD)
         close_to(hidden, arrays["picture/hidden_grid" if on_grid else "picture/hidden"])
         with pytest.raises(ValueError, match=r"30 image tokens: images are \[30, 64\], not \(29, 64\)"):
-            module.encode(backend, ids, tower[1:])
+            module.encode(backend, ids, tower[1:], image_pad=PAD)
         with pytest.raises(ValueError, match="token id 288"):
             module.encode(backend, np.int32([288]))
 
@@ -251,7 +252,7 @@ def test_half_an_autoencoder(backend: Backend, tmp_path: Path, half: str) -> Non
 def test_references_are_scaled_as_in_the_pipeline(i: int) -> None:
     arrays = golden("qwen_references")
     picture, (area, tower_area) = arrays[f"{i}/picture"], arrays["areas"].tolist()
-    close_to(2 * references.for_autoencoder(picture, area) - 1, arrays[f"{i}/autoencoder"], 1e-6)
+    close_to(2 * to_float(references.for_autoencoder(picture, area)) - 1, arrays[f"{i}/autoencoder"], 1e-6)
     seen = references.for_tower(picture, tower_area)
     rows, columns = (side // 28 for side in seen.shape[1:])
     patches = Layout(rows, columns, np.arange(rows * columns), ()).patches(seen, 14)

@@ -1,5 +1,7 @@
-"""Qwen-Image: the transformer, and how its prompts are written."""
+"""Qwen-Image: transformer and pipeline."""
 
+from ..pipeline import Conditioning, Result
+from .pipeline import QwenImagePipeline
 from .transformer import QwenImageConfig, QwenImageTransformer
 
-__all__ = ["QwenImageConfig", "QwenImageTransformer"]
+__all__ = ["Conditioning", "QwenImageConfig", "QwenImagePipeline", "QwenImageTransformer", "Result"]

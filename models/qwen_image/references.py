@@ -8,7 +8,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import qwen25_vision
-from ..image import to_float
 
 MULTIPLE = 32  # of the sides of a scaled picture
 AUTOENCODER_AREA = 1024 * 1024
@@ -28,9 +27,9 @@ def size_of_area(width: int, height: int, area: int, multiple: int = MULTIPLE) -
     return size
 
 
-def for_autoencoder(picture: NDArray[np.uint8], area: int = AUTOENCODER_AREA) -> NDArray[np.float32]:
-    """uint8 [H, W, 3] to float32 [3, H', W'] in 0..1, of about `area` pixels."""
-    return to_float(_scaled(picture, *_size_of(picture, area), lanczos=True))
+def for_autoencoder(picture: NDArray[np.uint8], area: int = AUTOENCODER_AREA) -> NDArray[np.uint8]:
+    """uint8 [H, W, 3] to uint8 [H', W', 3] of about `area` pixels."""
+    return _scaled(picture, *_size_of(picture, area), lanczos=True)
 
 
 def for_tower(picture: NDArray[np.uint8], area: int = TOWER_AREA, multiple: int = 28) -> NDArray[np.float32]:
@@ -40,6 +39,12 @@ def for_tower(picture: NDArray[np.uint8], area: int = TOWER_AREA, multiple: int 
     picture = _scaled(picture, *_size_of(picture, area), lanczos=True)
     height, width = picture.shape[:2]
     return qwen25_vision.normalise(_scaled(picture, *qwen25_vision.size_for(width, height, multiple), lanczos=False))
+
+
+def tower_grid(width: int, height: int, area: int = TOWER_AREA, multiple: int = 28) -> tuple[int, int]:
+    """Rows and columns of the tower's rows for a picture of that size, as `for_tower` scales it."""
+    wide, high = qwen25_vision.size_for(*size_of_area(width, height, area), multiple)
+    return high // multiple, wide // multiple
 
 
 def _size_of(picture: NDArray[np.uint8], area: int) -> tuple[int, int]:

@@ -27,6 +27,7 @@ from loader.params import Param
 from pyggml import Backend, Graph, Tensor, Type, ops
 
 from ..compute import Compute
+from ..lora import Naming, extra_nodes
 from ..nn import Linear, Module, RMSNorm, attention, graph_use, linear_gelu
 from ..rope import apply_rope_axes
 
@@ -264,6 +265,8 @@ class NormOut(Module):
 class QwenImageTransformer(Module):
     """The network. `modulate` runs once for all times of a run, `context` once a prompt, `__call__` once a step."""
 
+    naming = Naming()  # files have our names
+
     def __init__(self, config: QwenImageConfig) -> None:
         c = config
         self.img_in = Linear(c.patch_dim, c.dim, type=Type.F32)
@@ -305,14 +308,14 @@ class QwenImageTransformer(Module):
 
     def context_graph(self, backend: Backend, n_text: int) -> Graph:
         """Input features, numpy [n_text, text_dim]; output context, numpy [n_text, dim]."""
-        graph = Graph(backend, n_nodes=32)
+        graph = Graph(backend, n_nodes=32 + extra_nodes(self))
         features = graph.input((self.config.text_dim, n_text), name="features")
         graph.output(self.context(features), name="context")
         return graph
 
     def modulation_graph(self, backend: Backend, n_times: int) -> Graph:
         """Input t; outputs image.<block> and text.<block>, numpy [n_times, N_MOD * dim], and last, [n_times, 2 dim]."""
-        graph = Graph(backend, n_nodes=64 + 8 * self.config.n_layers)
+        graph = Graph(backend, n_nodes=64 + 8 * self.config.n_layers + extra_nodes(self))
         image, text, last = self.modulation(graph.input((n_times,), name="t"))
         for name, tensors in (("image", image), ("text", text)):
             for i, tensor in enumerate(tensors):
@@ -330,7 +333,7 @@ class QwenImageTransformer(Module):
         c = self.config
         n = n_patches + n_references
         apart = c.zero_cond_t and n_references > 0
-        graph = Graph(backend, n_nodes=128 + (100 if apart else 80) * c.n_layers)
+        graph = Graph(backend, n_nodes=128 + (100 if apart else 80) * c.n_layers + extra_nodes(self))
         patches = graph.input((c.patch_dim, n), name="patches")
         context = graph.input((c.dim, n_text), name="context")
         position = graph.input((n_text + n, 3), Type.I32, name="position")

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
-from typing import Literal
 
 from loader.checkpoint import Checkpoint, open_checkpoint
 from loader.describe import describe
@@ -14,15 +12,13 @@ from loader.params import load_params
 
 from .. import autoencoder_kl, qwen3
 from ..autoencoder_kl import AutoencoderConfig, AutoencoderKL
-from ..component import Component, Load
+from ..component import Component, Load, require
 from ..devices import Place
 from ..lora import Naming
+from ..pipeline import Compat, Path
 from ..qwen3 import Qwen3, Qwen3Config
 from . import transformer as net
 from .transformer import ZImageConfig, ZImageTransformer
-
-Path = str | os.PathLike[str]
-Compat = Literal["diffusers", "sd.cpp"]
 
 
 def open_text_encoder(
@@ -30,7 +26,7 @@ def open_text_encoder(
 ) -> Component:
     """Qwen3, without its last layer. LoadError when the file is broken or is something else."""
     checkpoint = open_checkpoint(path)
-    _require(checkpoint, "text encoder", "Qwen3", "--llm")
+    require(checkpoint, "text encoder", ("Qwen3",), "--llm")
     checkpoint = checkpoint.without_prefix("text_encoders.llm.").renamed(qwen3.RENAMES)
     config = Qwen3Config.from_checkpoint(checkpoint)
     # The hidden state before the last layer is what is read: that layer stays in the file.
@@ -44,7 +40,7 @@ def open_transformer(
 ) -> Component:  # fmt: skip
     """Z-Image's transformer; `compat` decides the epsilon of its q and k norms. LoadError as above."""
     checkpoint = open_checkpoint(path)
-    _require(checkpoint, "diffusion model", "Z-Image", "--diffusion-model")
+    require(checkpoint, "diffusion model", ("Z-Image",), "--diffusion-model")
     checkpoint = checkpoint.without_prefix("model.diffusion_model.").renamed(net.RENAMES)
     config = ZImageConfig.from_checkpoint(checkpoint)
     if compat == "sd.cpp":
@@ -57,7 +53,7 @@ def open_autoencoder(
 ) -> Component:
     """The Flux autoencoder: its decoder, and its encoder when asked for. LoadError as above."""
     checkpoint = open_checkpoint(path)
-    _require(checkpoint, "autoencoder", "Flux autoencoder", "--vae")
+    require(checkpoint, "autoencoder", ("Flux autoencoder",), "--vae")
     for prefix in ("first_stage_model.", "vae."):
         checkpoint = checkpoint.without_prefix(prefix)
     checkpoint = checkpoint.renamed(autoencoder_kl.RENAMES)
@@ -65,15 +61,6 @@ def open_autoencoder(
     if not encoder:
         checkpoint = checkpoint.renamed([(r"^encoder\..*$", None)])
     return Component("vae", AutoencoderKL(config, encoder=encoder), checkpoint, place, options, load)
-
-
-def _require(checkpoint: Checkpoint, role: str, architecture: str, option: str) -> None:
-    """LoadError that says what the file is when it is recognised as something else than what it was given as."""
-    found = describe(checkpoint)
-    if found.role not in (role, "unknown", "several models") or (
-        found.role == role and found.architecture not in (architecture, "unknown")
-    ):
-        raise LoadError(f"{found.sentence()}; {option} wants a {role} ({architecture})", path=checkpoint.path)
 
 
 def for_merging(checkpoint: Checkpoint) -> tuple[Checkpoint, str, Naming]:

@@ -62,7 +62,7 @@ class ZImageConfig:
     n_noise_refiners: int
     n_context_refiners: int
     ff_dim: int
-    caption_dim: int
+    text_dim: int
     patch_dim: int  # PATCH * PATCH * latent channels
     t_hidden: int
     adaln_dim: int
@@ -99,7 +99,7 @@ class ZImageConfig:
             n_noise_refiners=count("noise_refiner"),
             n_context_refiners=count("context_refiner"),
             ff_dim=ne("layers.0.feed_forward.w1.weight")[1],
-            caption_dim=ne("cap_embedder.0.weight")[0],
+            text_dim=ne("cap_embedder.0.weight")[0],
             patch_dim=patch_dim,
             t_hidden=t_hidden,
             adaln_dim=ne("t_embedder.mlp.2.weight")[1],
@@ -216,11 +216,13 @@ class FinalLayer(Module):
 class ZImageTransformer(Module):
     """The network. `context` runs once a prompt, `__call__` once a step."""
 
+    naming = NAMING
+
     def __init__(self, config: ZImageConfig) -> None:
         c = config
         self.x_embedder = Linear(c.patch_dim, c.dim)
         self.t_embedder = TimestepEmbedder(c)
-        self.cap_embedder = (RMSNorm(c.caption_dim, c.norm_eps), Linear(c.caption_dim, c.dim))
+        self.cap_embedder = (RMSNorm(c.text_dim, c.norm_eps), Linear(c.text_dim, c.dim))
         self.x_pad_token = Param((c.dim,), Type.F32)
         self.cap_pad_token = Param((c.dim,), Type.F32)
         self.noise_refiner = [Block(c) for _ in range(c.n_noise_refiners)]
@@ -230,7 +232,7 @@ class ZImageTransformer(Module):
         self.config = c
 
     def context(self, caption: Tensor, positions: list[Tensor]) -> Tensor:
-        """Caption features ne [caption_dim, n] to refined tokens ne [dim, n_padded]."""
+        """Caption features ne [text_dim, n] to refined tokens ne [dim, n_padded]."""
         norm, linear = self.cap_embedder
         c = pad_tokens(linear(norm(caption)), self.cap_pad_token.tensor)
         for block in self.context_refiner:
@@ -259,7 +261,7 @@ class ZImageTransformer(Module):
     def context_graph(self, backend: Backend, n_caption: int) -> Graph:
         """Inputs caption and position; output context, numpy [n_padded, dim]."""
         graph = Graph(backend, n_nodes=128 + 64 * len(self.context_refiner) + extra_nodes(self))
-        caption = graph.input((self.config.caption_dim, n_caption), name="caption")
+        caption = graph.input((self.config.text_dim, n_caption), name="caption")
         positions = input_positions(graph, padded(n_caption))
         graph.output(self.context(caption, positions), name="context")
         return graph

@@ -1,0 +1,630 @@
+"""What the pipelines of all models have in common: encode a prompt, denoise, decode, each of which can be called alone.
+
+A family of models says what is its own in a subclass: which networks there are, how a prompt is written, what the
+transformer is given in a step, and its defaults. `compat="sd.cpp"` follows stable-diffusion.cpp where it differs from
+diffusers; docs/parity.md lists where.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial, wraps
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from loader.errors import LoadError
+from loader.lora import LoraReport
+from pyggml import Backend, Cancelled, Graph, NonFinite, SplitBackend
+
+from . import image, schedule, tiles
+from .component import Component
+from .compute import first_bad_op
+from .guidance import Guidance
+from .inpainting import Inpainting, latent_mask
+from .lora import MAX_LORAS, ApplyMode, Loras, Target, check_weight
+from .memory import Report
+from .prediction import Phase
+from .residency import Residency
+from .rng import RNG, make_rng
+from .sampler import evaluated, find_sampler, sample
+from .tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+Float32 = NDArray[np.float32]
+Pixels = NDArray[np.uint8]
+Path = str | os.PathLike[str]
+Compat = Literal["diffusers", "sd.cpp"]
+Progress = Callable[[str, int, int], None]
+
+CACHED_PROMPTS = 32
+STRENGTH: Mapping[Compat, float] = {"diffusers": 0.6, "sd.cpp": 0.75}  # of img2img, when none is given
+SIZE_MULTIPLE = 8  # pixels along a side of a latent pixel
+MAX_SIDE = 4096
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """What the text encoder made of a prompt: `features` float32 [n_tokens, dim]."""
+
+    features: Float32
+    # what a transformer's refiner makes of them, by the pipeline's key, and with which LoRAs on it
+    _refined: dict[object, tuple[object, Float32]] = field(default_factory=dict, compare=False, repr=False)
+
+
+@dataclass(frozen=True)
+class Result:
+    """Pictures (Pillow images, or arrays as `output_type` asked), the seeds they were drawn from, and the report."""
+
+    images: list[Any]
+    seeds: list[int]
+    report: Report
+
+
+Method = TypeVar("Method", bound=Callable[..., Any])
+T = TypeVar("T")
+P = TypeVar("P", bound="Pipeline")
+StepCallback = Callable[[Any, int, float, dict[str, Any]], Mapping[str, Any]]
+
+
+def _cancellable(method: Method) -> Method:
+    """A method that cancel() stops. The outermost of nested calls begins with no cancellation pending."""
+
+    @wraps(method)
+    def run(self: Pipeline, *args: Any, **kwargs: Any) -> Any:
+        if not self._depth:
+            self._cancelled.clear()
+        self._depth += 1
+        try:
+            return method(self, *args, **kwargs)
+        finally:
+            self._depth -= 1
+
+    return cast(Method, run)
+
+
+class Pipeline(ABC):
+    """The networks of a model, each where it computes, and everything that a run needs around them.
+
+    It may be used by one thread at a time; `cancel()` may come from any.
+    """
+
+    default_steps: ClassVar[int]
+    default_cfg_scale: ClassVar[float]
+    edits: ClassVar[bool] = False  # takes reference pictures
+    default_shift: ClassVar[float] = 3.0
+
+    def __init__(
+        self, text_encoder: Component, transformer: Component, vae: Component, tokenizer: Tokenizer, *,
+        compat: Compat = "diffusers", default_size: int = 1024, lora_apply_mode: ApplyMode = "auto",
+        memory_limit: int | None = None, opened: Sequence[Backend] = (),
+    ) -> None:  # fmt: skip
+        self.text_encoder = text_encoder
+        self.transformer = transformer
+        self.vae = vae
+        self.tokenizer = tokenizer
+        self.compat: Compat = compat
+        self._opened = opened  # backends to close with it: what was given stays its giver's
+        self.default_size = default_size
+        self.find_bad_op = False  # compute again, operation by operation, when a result is not finite
+        # The autoencoder's tiles, (height, width) in latent pixels: those to use always, and those for want of memory.
+        self.vae_tile: tuple[int, int] | None = None
+        self.smaller_vae_tile = tiles.DEFAULT
+        self._tiles: dict[str, tuple[int, int]] = {}
+        named = {"text_encoder": text_encoder, "transformer": transformer}
+        targets = {
+            name: Target(c.module, c.weights, c.checkpoint, c.backend, c.module.naming, c.options)
+            for name, c in named.items()
+        }
+        self.loras = Loras(targets, lora_apply_mode, self._drop_graphs)
+        self._prompts: OrderedDict[tuple[object, ...], Conditioning] = OrderedDict()
+        self._key = object()
+        self._cancelled = threading.Event()
+        self._depth = 0  # of nested calls
+        # What is split over devices computes in one piece: its pages are left to the system.
+        single = [c for c in self.components() if not isinstance(c.backend, SplitBackend)]
+        self.residency = Residency({c.weights.report.component: c.weights for c in single}, limit=memory_limit)
+
+    def components(self) -> tuple[Component, ...]:
+        """All networks."""
+        return self.text_encoder, self.transformer, self.vae
+
+    def close(self) -> None:
+        """Give back graphs, LoRAs, weights, mappings, and the backends that `load` opened."""
+        self.loras.close()
+        for component in self.components():
+            component.close()
+        for backend in self._opened:
+            backend.close()
+
+    def __enter__(self: P) -> P:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def cancel(self) -> None:
+        """Stop the running call within one operation; it raises Cancelled. From any thread."""
+        self._cancelled.set()
+        for component in self.components():
+            component.backend.cancel()
+
+    # -- what a family of models says of itself -----------------------------------------------------------------------
+
+    @abstractmethod
+    def _features(self, prompt: str, pictures: Sequence[Pixels]) -> Float32:
+        """What the text encoder makes of a prompt, and of pictures that belong to it: [n_tokens, dim]."""
+
+    @abstractmethod
+    def _refined(self, features: Float32) -> Float32:
+        """What the transformer makes of them once, before the steps: [n_tokens, dim]."""
+
+    @abstractmethod
+    def _velocity(self, x: Float32, sigma: float, context: Float32, references: Sequence[Float32]) -> Float32:
+        """noise - x0 as the network sees it, of x's shape; `references` are latents [C, h, w]."""
+
+    @abstractmethod
+    def _sigmas(
+        self, n: int, explicit: Sequence[float] | None, name: str | None, shift: float | None, method: str,
+        width: int, height: int,
+    ) -> Float32:  # fmt: skip
+        """The noise levels of a run."""
+
+    @abstractmethod
+    def _guidance(
+        self, cfg_scale: float | None, guidance_scale: float | None = None, true_cfg_scale: float | None = None,
+        cfg_normalization: float | None = None, cfg_truncation: float | None = None,
+    ) -> Guidance | None:  # fmt: skip
+        """Guidance as `__call__` is asked for it, None when it is off; ValueError for what this model does not take."""
+
+    @abstractmethod
+    def _posterior(self, picture: Pixels) -> tuple[Float32, Float32 | None]:
+        """Mean and, where pipelines draw from it, standard deviation of a picture's latents."""
+
+    @abstractmethod
+    def _drawn(self, posterior: tuple[Float32, Float32 | None], rng: RNG | None) -> Float32:
+        """Latents as the transformer takes them; with an rng a sample of the posterior, where pipelines draw one."""
+
+    @abstractmethod
+    def phases(
+        self, prompt: str, *, negative_prompt: str = "", height: int | None = None, width: int | None = None,
+        cfg_scale: float | None = None, method: str = "euler", num_images_per_prompt: int = 1,
+        encode_image: bool = False, reference_images: Sequence[Path | Image.Image] = (), layers: int | None = None,
+    ) -> list[Phase]:  # fmt: skip
+        """The graphs that a call with these arguments computes, in order, measured; for models.prediction.predict."""
+
+    def _foresee(self, times: Sequence[float]) -> None:
+        """Told before the steps at which noise levels the transformer will be asked, in order."""
+        return
+
+    def _latent_shape(self, width: int, height: int, layers: int | None) -> tuple[int, ...]:
+        if layers is not None:
+            raise ValueError("this model makes no layers")
+        return self.transformer.module.config.in_channels, height // SIZE_MULTIPLE, width // SIZE_MULTIPLE
+
+    def _size(self, width: int | None, height: int | None, pictures: Sequence[Pixels]) -> tuple[int, int]:
+        """Width and height of what is drawn."""
+        return self.default_size if width is None else width, self.default_size if height is None else height
+
+    def _read_reference(self, source: Path | Image.Image) -> Pixels:
+        raise ValueError("this model edits no pictures: there is img2img, init_image, for it")
+
+    def _references(self, pictures: Sequence[Pixels], width: int, height: int) -> list[Float32]:
+        """Latents of the pictures that are edited."""
+        return []
+
+    # -- LoRAs --------------------------------------------------------------------------------------------------------
+
+    @_cancellable
+    def set_loras(
+        self, loras: Mapping[Path, float] | Sequence[tuple[Path, float]], *, progress: Progress | None = None
+    ) -> list[LoraReport]:  # fmt: skip
+        """Make these LoRA files, each with its weight in -8..8, the only active ones; one that comes twice counts with
+        the sum. The ones that stay are not read again. Returns what became of each file's keys.
+
+        LoadError for a broken file, for one of another model or size, or when none of its keys is this model's; the
+        LoRAs are then as they were before. progress("lora", done, total), in bytes, as tensors are merged.
+        """
+        weights: dict[str, float] = {}
+        for path, weight in loras.items() if isinstance(loras, Mapping) else loras:
+            name = os.path.realpath(path)
+            weights[name] = check_weight(weights.get(name, 0.0) + check_weight(weight))
+        if len(weights) > MAX_LORAS:
+            raise ValueError(f"{len(weights)} LoRAs at once; {MAX_LORAS} are the most")
+        self.loras.forget_replaced()
+        before = list(self.loras.loaded)
+        try:
+            reports = [self.loras.load(name, name) for name in weights]
+            self._activate(weights, progress)
+        except BaseException:
+            for name in [name for name in self.loras.loaded if name not in before]:
+                self.loras.unload(name)
+            raise
+        for name in [name for name in self.loras.loaded if name not in weights]:
+            self.loras.unload(name)
+        return reports
+
+    @_cancellable
+    def load_lora_weights(self, path: Path, adapter_name: str | None = None) -> LoraReport:
+        """diffusers' way: open a LoRA and add it to the active ones, with weight 1, under `adapter_name` (the file's
+        name without its ending). Raises as set_loras; ValueError for a name that is taken.
+        """
+        name = os.path.splitext(os.path.basename(os.fspath(path)))[0] if adapter_name is None else adapter_name
+        if name in self.loras.loaded:
+            raise ValueError(f"there is a LoRA {name!r} already: give another adapter_name")
+        report = self.loras.load(path, name)
+        try:
+            self._activate({**self.loras.active, name: 1.0})
+        except BaseException:
+            if name not in self.loras.active:
+                self.loras.unload(name)
+            raise
+        return report
+
+    @_cancellable
+    def set_adapters(
+        self, adapter_names: str | Sequence[str], adapter_weights: float | Sequence[float] | None = None
+    ) -> None:
+        """Make exactly these loaded LoRAs active, with these weights (1 where none is given, one for all)."""
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        if adapter_weights is None or isinstance(adapter_weights, (int, float)):
+            weights: list[float] = [1.0 if adapter_weights is None else adapter_weights] * len(names)
+        else:
+            weights = list(adapter_weights)
+        if len(weights) != len(names) or len(set(names)) != len(names):
+            raise ValueError(f"{len(weights)} weights for the LoRAs {', '.join(names)}: one for each, each named once")
+        self._activate(dict(zip(names, weights, strict=True)))
+
+    def unload_lora_weights(self) -> None:
+        """Forget all LoRAs."""
+        self.loras.clear()
+        for name in list(self.loras.loaded):
+            self.loras.unload(name)
+
+    def _activate(self, weights: Mapping[str, float], progress: Progress | None = None) -> None:
+        def check(done: int, total: int) -> None:
+            if progress:
+                progress("lora", done, total)
+            self._check_cancelled()
+
+        if weights and "disk" in (self.text_encoder.place.rest, self.transformer.place.rest):
+            raise ValueError("LoRAs want weights that stay: let those of te and diffusion rest on cpu, not on disk")
+        self.loras.activate(weights, check)
+
+    def _drop_graphs(self) -> None:
+        for component in self.components():
+            component.close_graphs()
+
+    # -- the three parts ----------------------------------------------------------------------------------------------
+
+    @_cancellable
+    def encode(self, prompt: str, pictures: Sequence[Pixels] = ()) -> Conditioning:
+        """The conditioning of a prompt, and of the `pictures`, uint8 [H, W, 3], that it speaks of in models that edit;
+        the last ones are remembered, so that no prompt is encoded twice.
+
+        ValueError for a prompt that is no text, NonFinite when the encoder's output is not.
+        """
+        key = self._prompt_key(prompt, pictures)
+        if key in self._prompts:
+            self._prompts.move_to_end(key)
+            return self._prompts[key]
+        conditioning = Conditioning(self._features(prompt, pictures))
+        self._prompts[key] = conditioning
+        while len(self._prompts) > CACHED_PROMPTS:
+            self._prompts.popitem(last=False)
+        return conditioning
+
+    @_cancellable
+    def denoise(
+        self, latents: Float32, sigmas: Float32, cond: Conditioning | Float32,
+        uncond: Conditioning | Float32 | None = None, *, guidance: Guidance | None = None,
+        references: Sequence[Float32] = (), inpainting: Inpainting | None = None, method: str = "euler",
+        eta: float | None = None, rng: RNG | None = None,
+        callback: Callable[[int, float, Float32], Float32 | None] | None = None,
+    ) -> Float32:  # fmt: skip
+        """Latents [16, h, w] at noise level sigmas[0] to clean ones. Conditionings may be arrays [n_tokens, dim].
+
+        NonFinite naming the step when latents stop being finite; Cancelled; ValueError for bad sigmas or method, and
+        for guidance without `uncond`.
+        """
+        both = find_sampler(method, eta).both
+        guided = guidance is not None or both
+        if guided and uncond is None:
+            raise ValueError("guidance needs the conditioning of a negative prompt, `uncond`")
+        conds = [self._conditioning(c) for c in ((cond, uncond) if guided else (cond,)) if c is not None]
+        contexts: list[Float32] = []
+
+        def estimate(x: Float32, sigma: float) -> Any:
+            self._check_cancelled()
+            v = second = self._velocity(x, sigma, contexts[0], references)
+            if both or (guidance is not None and guidance.wanted(sigma)):
+                second = self._velocity(x, sigma, contexts[1], references)
+                v = guidance(v, second, sigma) if guidance is not None else v
+            found = [x - np.float32(sigma) * y for y in ((v, second) if both else (v,))]
+            if inpainting:
+                found = [inpainting.estimate(x0) for x0 in found]
+            return (found[0], found[1]) if both else found[0]
+
+        def after(i: int, sigma: float, x: Float32) -> Float32 | None:
+            if not np.isfinite(x).all():
+                raise NonFinite(f"step {i + 1} (sigma {sigmas[i]:.4f}): the latents are not finite")
+            mixed = inpainting.after_step(x, sigma) if inpainting else x
+            changed = callback(i, sigma, mixed) if callback else None
+            self._check_cancelled()
+            if changed is None:
+                return None if mixed is x else mixed
+            return _latents(changed, latents.shape)
+
+        with self.transformer.in_use():
+            contexts += [self._context(c) for c in conds]
+            self._foresee(evaluated(method, sigmas, eta))
+            return np.asarray(sample(method, estimate, latents, sigmas, rng=rng, eta=eta, callback=after), np.float32)
+
+    @_cancellable
+    def decode(self, latents: Float32) -> Pixels:
+        """Latents [16, h, w] to a picture, uint8 [8 h, 8 w, 3]; in tiles when `vae_tile` says so, or memory is short.
+
+        NonFinite when the decoder's output is not finite, or is a picture of one colour.
+        """
+        result = self._decoded(latents)
+        if (result == result[0, 0]).all():
+            raise NonFinite(f"the decoder made a picture of one colour, {result[0, 0].tolist()}: nothing was drawn")
+        return result
+
+    def _decoded(self, latents: Float32) -> Pixels:
+        compute, latents = partial(self._compute, "the decoder"), np.asarray(latents, np.float32)
+        with self.vae.in_use() as vae:
+            return image.to_bytes(self._tiled("decode", partial(vae.decode, self.vae.backend, latents, compute)))
+
+    @_cancellable
+    def encode_image(self, picture: Pixels, rng: RNG | None = None) -> Float32:
+        """A picture, uint8 [H, W, 3], to latents [16, H/8, W/8] as the transformer takes them: their mean or, where the
+        model's pipelines draw from the posterior and there is an rng, a sample.
+
+        ValueError when the encoder was not loaded.
+        """
+        return self._drawn(self._posterior(picture), rng)
+
+    def _encoded(self, picture: Pixels) -> Any:
+        """What the autoencoder's encoder makes of a picture."""
+        module = self.vae.module
+        if module.encoder is None:
+            raise ValueError("the autoencoder was loaded without its encoder: load with encoder=True for img2img")
+        compute, pixels = partial(self._compute, "the encoder"), image.to_float(picture)
+        with self.vae.in_use():
+            return self._tiled("encode_image", partial(module.encode, self.vae.backend, pixels, compute))
+
+    def _tiled(self, phase: str, run: Callable[..., T]) -> T:
+        """run(tile=...) with such tiles as there is room for; remembers them."""
+        result, tile = tiles.with_less_memory(phase, lambda t: run(tile=t), self.vae_tile, self.smaller_vae_tile)
+        if tile:
+            self._tiles[phase] = tile
+        return result
+
+    # -- everything at once -------------------------------------------------------------------------------------------
+
+    @_cancellable
+    def __call__(
+        self, prompt: str, *, negative_prompt: str = "", height: int | None = None, width: int | None = None,
+        num_inference_steps: int | None = None, cfg_scale: float | None = None, guidance_scale: float | None = None,
+        true_cfg_scale: float | None = None, cfg_normalization: float | None = None,
+        cfg_truncation: float | None = None, guidance: Guidance | None = None, sigmas: Sequence[float] | None = None,
+        scheduler: str | None = None, shift: float | None = None, method: str = "euler", eta: float | None = None,
+        seed: int = 42, num_images_per_prompt: int = 1, rng: str | None = None, latents: Float32 | None = None,
+        prompt_embeds: Conditioning | Float32 | None = None,
+        negative_prompt_embeds: Conditioning | Float32 | None = None, init_image: Path | Image.Image | None = None,
+        strength: float | None = None, mask_image: Path | Image.Image | None = None,
+        reference_images: Sequence[Path | Image.Image] = (), layers: int | None = None, output_type: str = "pil",
+        progress: Progress | None = None, callback_on_step_end: StepCallback | None = None,
+        on_image: Callable[[int, int, Any], None] | None = None,
+    ) -> Result:  # fmt: skip
+        """Draw `num_images_per_prompt` pictures; image i has seed + i.
+
+        height, width: pixels, multiples of 8; a prompt or `prompt_embeds` float32 [n_tokens, dim]; `latents` float32
+        [16, height/8, width/8] replace the noise. Guidance: `cfg_scale` is sd-cli's for every model, 1 is off; or
+        diffusers' own: `guidance_scale` of Z-Image, 0 is off, with `cfg_normalization` and `cfg_truncation`, and
+        `true_cfg_scale` of Qwen-Image, 1 is off; or any `guidance` of models.guidance.
+
+        `sigmas`: the noise levels before the shift, as in diffusers; `scheduler`: a name of models.schedule.
+        `strength` (with `init_image`): 1 keeps nothing of it; `mask_image`: white where something new is drawn, the
+        rest of `init_image` stays. `reference_images`: the pictures that a model edits, or of which it makes `layers`.
+        output_type: "pil", "np" (uint8 [H, W, 3]) or "latent"; a model of layers gives a list of them for each picture.
+        progress(phase, done, total) is called as phases go on; callback_on_step_end(pipe, step, timestep, {"latents":
+        ...}) after each step returns a dict whose "latents" replace the live ones; on_image(i, seed, picture) as each
+        picture is ready.
+
+        Raises ValueError for a bad argument, Cancelled after cancel(), NonFinite instead of a blank picture.
+        """
+        # 1. what is asked for
+        pictures = [self._read_reference(source) for source in reference_images]
+        width, height = self._size(width, height, pictures)
+        check_size(width, height)
+        shape = self._latent_shape(width, height, layers)
+        steps = self.default_steps if num_inference_steps is None else num_inference_steps
+        if guidance is None:
+            guidance = self._guidance(cfg_scale, guidance_scale, true_cfg_scale, cfg_normalization, cfg_truncation)
+        elif any(x is not None for x in (cfg_scale, guidance_scale, true_cfg_scale, cfg_normalization, cfg_truncation)):
+            raise ValueError("guidance is given, and numbers for the usual one as well: give one of them")
+        guided = guidance is not None or find_sampler(method, eta).both
+        if not 1 <= num_images_per_prompt <= 1000:
+            raise ValueError(f"num_images_per_prompt must be in 1..1000, not {num_images_per_prompt}")
+        if output_type not in ("pil", "np", "latent"):
+            raise ValueError(f"output_type is 'pil', 'np' or 'latent', not {output_type!r}")
+        name = rng or ("cuda" if self.compat == "sd.cpp" else "cpu")
+        for used in (seed, seed + num_images_per_prompt - 1):
+            make_rng(name, used)  # refuses what it must before any work is done
+        noise = None if latents is None else _latents(latents, shape)
+        levels = self._sigmas(steps, sigmas, scheduler, shift, method, width, height)
+        pixels = mask = None
+        if init_image is not None:
+            if len(shape) > 3:
+                raise ValueError("a model that makes layers starts from no picture: give it as a reference")
+            levels = schedule.after_strength(
+                levels, STRENGTH[self.compat] if strength is None else strength,
+                compat="sd.cpp" if self.compat == "sd.cpp" else None,
+            )  # fmt: skip
+            pixels = image.read_image(init_image, width, height)
+        if mask_image is not None:
+            if pixels is None:
+                raise ValueError("mask_image needs init_image, the picture of which a part is drawn anew")
+            mask = latent_mask(image.read_mask(mask_image, width, height), SIZE_MULTIPLE, self.compat)
+        self._check_unchanged()
+        self._tiles = {}
+        self.residency.begin()
+        report = Report(residency=self.residency.report)
+        report.loras = self.loras.report()
+        tell = progress or (lambda phase, done, total: None)
+
+        # 2. prompts
+        with report.phase("text_encoder"), self.text_encoder.kept():
+            report.prompt_cached = prompt_embeds is None and self._prompt_key(prompt, pictures) in self._prompts
+            tell("text encoder", 0, 1)
+            cond = self.encode(prompt, pictures) if prompt_embeds is None else self._conditioning(prompt_embeds)
+            uncond = None
+            if guided:
+                uncond = (self.encode(negative_prompt, pictures) if negative_prompt_embeds is None
+                          else self._conditioning(negative_prompt_embeds))  # fmt: skip
+            tell("text encoder", 1, 1)
+
+        # 3. the picture to start from, and those that are edited
+        posterior, references = None, []
+        if pixels is not None or pictures:
+            with report.phase("encode_image"), self.vae.kept():
+                posterior = None if pixels is None else self._posterior(pixels)
+                references = self._references(pictures, width, height)
+
+        images: list[Any] = []
+        for i in range(num_images_per_prompt):
+            # 4. noise
+            generator = make_rng(name, seed + i)
+            start = inpainting = None
+            if posterior is not None:
+                # diffusers goes on with one generator; stable-diffusion.cpp begins it anew for the noise.
+                start = self._drawn(posterior, make_rng(name, seed) if self.compat == "sd.cpp" else generator)
+            x = generator.randn(shape) if noise is None else noise
+            if start is not None:
+                if mask is not None:
+                    inpainting = Inpainting(mask, start, x, self.compat)
+                x = schedule.add_noise(start, x, float(levels[0]))
+
+            # 5. denoise
+            clock = [time.perf_counter()]
+
+            def after(step: int, sigma: float, x: Float32, clock: list[float] = clock) -> Float32 | None:
+                tell("step", step + 1, len(levels) - 1)
+                report.step_seconds.append(_since(clock))
+                if callback_on_step_end is None:
+                    return None
+                changed = callback_on_step_end(self, step, 1000 * float(levels[step]), {"latents": x})
+                if not isinstance(changed, Mapping) or set(changed) - {"latents"}:
+                    raise ValueError(f"callback_on_step_end must return a dict, of latents or empty: {changed!r:.80}")
+                live = changed.get("latents")
+                return None if live is x else live
+
+            tell("step", 0, len(levels) - 1)
+            with report.phase("denoise"):
+                x = self.denoise(
+                    x, levels, cond, uncond, guidance=guidance, references=references, inpainting=inpainting,
+                    method=method, eta=eta, rng=generator, callback=after,
+                )  # fmt: skip
+
+            # 6. decode
+            if output_type == "latent":
+                images.append(x)
+                continue
+            tell("decode", 0, 1)
+            with report.phase("decode"):
+                made: Any = self._pictures(x)
+            tell("decode", 1, 1)
+            self._check_unchanged()
+            if on_image:
+                on_image(i, seed + i, made)
+            if output_type == "pil":
+                made = [image.to_pil(layer) for layer in made] if isinstance(made, list) else image.to_pil(made)
+            images.append(made)
+        report.tiles = self._tiles
+        self._check_unchanged()
+        report.components = {c.weights.report.component: c.weights.report for c in self.components()}
+        return Result(images, [seed + i for i in range(num_images_per_prompt)], report)
+
+    # -- inside -------------------------------------------------------------------------------------------------------
+
+    def _pictures(self, latents: Float32) -> Pixels | list[Pixels]:
+        """What a run's latents are: a picture, or the layers of one."""
+        return self.decode(latents)
+
+    def _prompt_key(self, prompt: str, pictures: Sequence[Pixels]) -> tuple[object, ...]:
+        seen = tuple((p.shape, hashlib.sha256(p.tobytes()).digest()) for p in pictures)
+        return self.compat, prompt, self.loras.state("text_encoder"), seen
+
+    def _conditioning(self, values: Conditioning | Float32) -> Conditioning:
+        if isinstance(values, Conditioning):
+            return values
+        array, dim = np.asarray(values, np.float32), self.transformer.module.config.text_dim
+        if array.ndim != 2 or array.shape[1] != dim or not len(array):
+            raise ValueError(f"prompt embeddings have shape [n_tokens, {dim}], not {array.shape}")
+        if not np.isfinite(array).all():
+            raise ValueError("prompt embeddings hold values that are not finite")
+        return Conditioning(array)
+
+    def _context(self, cond: Conditioning) -> Float32:
+        """The refined conditioning, once for each."""
+        state = self.loras.state("transformer")
+        if cond._refined.get(self._key, (None,))[0] != state:
+            cond._refined[self._key] = state, self._refined(cond.features)
+        return cond._refined[self._key][1]
+
+    def _compute(self, stage: str, graph: Graph, **inputs: Any) -> dict[str, Any]:
+        """Graph.compute; Cancelled when asked to stop, NonFinite naming the stage when a result is not finite."""
+        graph.set(**inputs)
+        self._check_cancelled()  # right before the backend, which from here on is stopped within one operation
+        self.residency.run(graph, stage.partition(" at ")[0])
+        self._check_cancelled()
+        outputs = {name: tensor.numpy() for name, tensor in graph.outputs.items()}
+        for array in outputs.values():
+            if n_bad := array.size - int(np.isfinite(array).sum()):
+                self._check_unchanged()
+                bad = f"; the first bad operation is {first_bad_op(graph)}" if self.find_bad_op else ""
+                raise NonFinite(f"{stage}: {n_bad} of {array.size} values are not finite{bad}")
+        return outputs
+
+    def _check_cancelled(self) -> None:
+        if self._cancelled.is_set():
+            raise Cancelled("the run was cancelled")
+
+    def _check_unchanged(self) -> None:
+        for component in self.components():
+            if changed := (component.checkpoint if component.weights.closed else component.weights).changed():
+                raise LoadError(f"a file of weights changed while it was used: {changed}", kind="WeightsChanged")
+        if changed := self.loras.file_changed():
+            raise LoadError(f"a LoRA changed while it was used: {changed}", kind="WeightsChanged")
+
+
+def check_size(width: int, height: int) -> None:
+    """ValueError unless both sides are multiples of 8 in 16..4096."""
+    for name, side in (("width", width), ("height", height)):
+        if not isinstance(side, int) or not 16 <= side <= MAX_SIDE or side % SIZE_MULTIPLE:
+            raise ValueError(f"{name} must be a multiple of {SIZE_MULTIPLE} in 16..{MAX_SIDE}, not {side}")
+
+
+def _latents(values: Float32, shape: tuple[int, ...]) -> Float32:
+    array = np.asarray(values, np.float32)
+    if array.shape != shape:
+        raise ValueError(f"latents for this size have shape {shape}, not {array.shape}")
+    return array
+
+
+def _since(clock: list[float]) -> float:
+    """Seconds since the last call with the same clock."""
+    last, clock[0] = clock[0], time.perf_counter()
+    return clock[0] - last

@@ -1,0 +1,382 @@
+"""Qwen-Image from a prompt, and from pictures to edit or to take apart into layers, to a picture.
+
+The call and the defaults are diffusers': 50 steps, a guidance (`true_cfg_scale`) of 4 whose result is scaled to the
+length of the prediction with the prompt, noise levels that depend on the picture's size. The files of Edit and
+Edit-2509 do not say which of the two they are: `variant` does.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+import numpy as np
+
+from loader.options import LoadOptions
+from loader.params import load_params
+from pyggml import Backend, Graph
+
+from .. import image, prompt_weights, qwen25_vl, schedule, sd_cpp_words
+from ..component import Component, Load, opening
+from ..devices import Module, places
+from ..guidance import Guidance, QwenImageGuidance
+from ..lora import ApplyMode
+from ..pipeline import SIZE_MULTIPLE, Compat, Float32, Path, Pipeline, Pixels, check_size
+from ..prediction import Phase, all_spans
+from ..rng import RNG
+from ..sampler import find_sampler
+from ..tokenizer import Tokenizer
+from . import prompt as prompts
+from . import references
+from . import transformer as net
+from .components import check_together, open_autoencoder, open_text_encoder, open_transformer, open_vision_tower
+from .transformer import Modulation, QwenImageTransformer
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+log = logging.getLogger("pyggml.models")
+
+Variant = Literal["edit", "2509", "2511"]
+MAX_PICTURES = 16
+MAX_LAYERS = 16
+LAYERED_AREA = 640 * 640  # pixels of a picture that is taken apart
+
+
+class QwenImagePipeline(Pipeline):
+    """Text encoder, vision tower, transformer and autoencoder of Qwen-Image, Qwen-Image-Edit and Qwen-Image-Layered.
+
+    Use `QwenImagePipeline.load`, or `models.load`.
+    """
+
+    default_steps = 50
+    default_cfg_scale = 4.0
+    edits = True
+    default_layers: ClassVar[int] = 4
+
+    def __init__(
+        self, text_encoder: Component, transformer: Component, vae: Component, tokenizer: Tokenizer, *,
+        vision: Component | None = None, variant: Variant | None = None, grid_positions: bool = False,
+        compat: Compat = "diffusers", default_size: int = 1024, lora_apply_mode: ApplyMode = "auto",
+        memory_limit: int | None = None, opened: Sequence[Backend] = (),
+    ) -> None:  # fmt: skip
+        self.vision = vision
+        self.variant: Variant = variant or ("2511" if transformer.module.config.zero_cond_t else "2509")
+        self.grid_positions = grid_positions
+        self._times: Sequence[float] = ()
+        self._modulations: dict[tuple[object, float], Modulation] = {}
+        super().__init__(
+            text_encoder, transformer, vae, tokenizer, compat=compat, default_size=default_size,
+            lora_apply_mode=lora_apply_mode, memory_limit=memory_limit, opened=opened,
+        )  # fmt: skip
+
+    def components(self) -> tuple[Component, ...]:
+        return (*super().components(), *([self.vision] if self.vision else []))
+
+    @classmethod
+    def load(
+        cls, diffusion_model: Path, llm: Path, vae: Path, *, llm_vision: Path | None = None,
+        backend: Backend | str | Mapping[Module, Backend] | None = None, params_backend: str | None = None,
+        n_threads: int | None = None, options: LoadOptions | None = None, compat: Compat = "diffusers",
+        variant: Variant | None = None, grid_positions: bool = False, tokenizer: Tokenizer | None = None,
+        encoder: bool = False, lora_apply_mode: ApplyMode = "auto", memory_limit: int | None = None,
+        load: Load = load_params,
+    ) -> QwenImagePipeline:  # fmt: skip
+        """Load from files (or diffusers folders). `encoder`: also what reads pictures, for img2img, editing and layers:
+        the other half of the autoencoder and the vision tower, which is that of `llm_vision` or lies in `llm`.
+
+        `variant`: which Edit model it is, as files do not say: "edit", the first, or "2509"; "2511" where the file is
+        not marked. `grid_positions`: pictures' tokens are placed by row and column in the text encoder, as it was
+        trained, instead of one after the other, as diffusers with transformers 5 and stable-diffusion.cpp do.
+
+        The rest is as for every model, see models.z_image.ZImagePipeline.load.
+        """
+        if compat not in ("diffusers", "sd.cpp"):
+            raise ValueError(f"compat is 'diffusers' or 'sd.cpp', not {compat!r}")
+        if variant not in (None, "edit", "2509", "2511"):
+            raise ValueError(f"variant is 'edit', '2509' or '2511', not {variant!r}")
+        place = places(backend, params_backend, n_threads)
+        with opening(place) as parts:
+            parts.append(open_text_encoder(llm, place["te"], options=options, load=load))
+            zero = None if variant is None else variant == "2511"
+            at = place["diffusion"]
+            parts.append(open_transformer(diffusion_model, at, options=options, zero_cond_t=zero, load=load))
+            parts.append(open_autoencoder(vae, place["vae"], options=options, encoder=encoder, load=load))
+            text_encoder, transformer, autoencoder = parts
+            vision: Component | None = None
+            if encoder and not transformer.module.config.layered:
+                vision = open_vision_tower(llm_vision, llm, place["te"], options=options, load=load)
+                parts += [vision] if vision else []
+            check_together(text_encoder, transformer, autoencoder, vision)
+            tokenizer = tokenizer or Tokenizer.for_checkpoint(text_encoder.checkpoint)
+            if compat == "sd.cpp":
+                tokenizer = tokenizer.with_split(sd_cpp_words.split)
+            return cls(
+                text_encoder, transformer, autoencoder, tokenizer, vision=vision, variant=variant,
+                grid_positions=grid_positions, compat=compat, lora_apply_mode=lora_apply_mode,
+                memory_limit=memory_limit, opened=place["te"].opened,
+            )  # fmt: skip
+
+    @property
+    def layered(self) -> bool:
+        """Whether it takes pictures apart into layers."""
+        return bool(self.transformer.module.config.layered)
+
+    # -- prompts and pictures -----------------------------------------------------------------------------------------
+
+    def _tokens(
+        self, prompt: str, rows: Sequence[int] = (), *, edit: bool = False
+    ) -> tuple[list[int], int, list[float]]:
+        """Numbers of a prompt's tokens, how many are dropped after encoding, and with compat="sd.cpp" their weights.
+
+        rows: of the vision tower, for each picture.
+        """
+        kind: Literal["text", "edit"] = "edit" if edit else "text"
+        numbered = self.variant != "edit" or self.compat == "sd.cpp"
+        if self.compat != "sd.cpp":
+            return *prompts.prompt_ids(self.tokenizer, prompt, rows, kind=kind, numbered=numbered), []
+        before, after, n_dropped = prompts.EDIT if edit else prompts.TEXT
+        shown = "".join(prompts.picture_text(i, n, numbered=numbered) for i, n in enumerate(rows))
+        pieces = [(before + shown, 1.0), *prompt_weights.parse(prompt), (after, 1.0)]
+        ids, weights = self.tokenizer.encode_weighted(pieces)
+        return ids, n_dropped, weights
+
+    def _features(self, prompt: str, pictures: Sequence[Pixels]) -> Float32:
+        edit = bool(pictures) and not self.layered
+        seen = self._look_at(pictures) if edit else []
+        ids, n_dropped, weights = self._tokens(prompt, [len(x) for x, _ in seen], edit=edit)
+        numbers = np.array(ids, np.int32)
+        pad = self.tokenizer.special.get("<|image_pad|>", qwen25_vl.IMAGE_PAD)
+        position = qwen25_vl.grid_positions(numbers, [grid for _, grid in seen], pad) if self.grid_positions else None
+        encoder: qwen25_vl.Qwen25VL
+        with self.text_encoder.in_use() as encoder:
+            features = encoder.encode(
+                self.text_encoder.backend, numbers, np.concatenate([x for x, _ in seen]) if seen else None,
+                position=position, image_pad=pad, n_dropped=0 if weights else n_dropped,
+                compute=partial(self._compute, "the text encoder"),
+            )  # fmt: skip
+        return prompt_weights.apply_weights(features, weights)[n_dropped:] if weights else features
+
+    def _look_at(self, pictures: Sequence[Pixels]) -> list[tuple[Float32, tuple[int, int]]]:
+        """What the vision tower makes of pictures: rows, and their grid; nothing where there is no tower."""
+        if self.vision is None:
+            log.warning(
+                "there is no vision tower: the text encoder does not see the pictures that are edited, the transformer "
+                "does. Give an mmproj file (--llm-vision), or a text encoder that has the tower."
+            )
+            return []
+        found = []
+        with self.vision.in_use() as tower:
+            multiple = tower.config.multiple
+            for picture in pictures:
+                pixels = references.for_tower(picture, self._tower_area, multiple)
+                rows = tower.encode(self.vision.backend, pixels, partial(self._compute, "the vision tower"))
+                found.append((rows, (pixels.shape[1] // multiple, pixels.shape[2] // multiple)))
+        return found
+
+    @property
+    def _tower_area(self) -> int:
+        return references.AUTOENCODER_AREA if self.variant == "edit" else references.TOWER_AREA
+
+    def _read_reference(self, source: Path | Image.Image) -> Pixels:
+        return image.read_image(source, alpha=self.layered)
+
+    def _size(self, width: int | None, height: int | None, pictures: Sequence[Pixels]) -> tuple[int, int]:
+        if len(pictures) > (1 if self.layered else MAX_PICTURES):
+            raise ValueError(f"{len(pictures)} reference pictures; {1 if self.layered else MAX_PICTURES} at most")
+        if self.layered and not pictures:
+            raise ValueError("a layered model takes a picture apart: give it as a reference image (-r)")
+        if not pictures:
+            return super()._size(width, height, pictures)
+        # as large as the last picture, in proportion: what diffusers does
+        area = LAYERED_AREA if self.layered else references.AUTOENCODER_AREA
+        own = [side // 16 * 16 for side in references.size_of_area(*_sides(pictures[-1]), area)]
+        return own[0] if width is None else width, own[1] if height is None else height
+
+    def _references(self, pictures: Sequence[Pixels], width: int, height: int) -> list[Float32]:
+        if self.layered:
+            scaled = [image.resized(picture, width, height) for picture in pictures]
+        else:
+            scaled = [references.for_autoencoder(picture) for picture in pictures]
+        return [self.encode_image(picture) for picture in scaled]
+
+    def _latent_shape(self, width: int, height: int, layers: int | None) -> tuple[int, ...]:
+        shape = super()._latent_shape(width, height, None)
+        if not self.layered:
+            return super()._latent_shape(width, height, layers)
+        layers = self.default_layers if layers is None else layers
+        if not 1 <= layers <= MAX_LAYERS:
+            raise ValueError(f"layers must be in 1..{MAX_LAYERS}, not {layers}")
+        return layers + 1, *shape  # the first is the whole picture again
+
+    def _pictures(self, latents: Float32) -> Pixels | list[Pixels]:
+        if latents.ndim == 3:
+            return self.decode(latents)
+        first = 0 if self.compat == "sd.cpp" else 1
+        return [self._decoded(layer) for layer in latents[first:]]  # a layer may be empty
+
+    def _posterior(self, picture: Pixels) -> tuple[Float32, Float32 | None]:
+        return np.asarray(self._encoded(picture), np.float32), None
+
+    def _drawn(self, posterior: tuple[Float32, Float32 | None], rng: RNG | None) -> Float32:
+        return posterior[0]  # the mean, scaled: pipelines draw nothing
+
+    # -- steps --------------------------------------------------------------------------------------------------------
+
+    def _refined(self, features: Float32) -> Float32:
+        module: QwenImageTransformer = self.transformer.module
+        with module.context_graph(self.transformer.backend, len(features)) as graph:
+            return np.asarray(self._compute("the text's projection", graph, features=features)["context"])
+
+    def _foresee(self, times: Sequence[float]) -> None:
+        self._times = times
+
+    def _modulation(self, sigma: float) -> Modulation:
+        """Made for the next levels of the run at once, as it takes a third of the weights."""
+        state = self.loras.state("transformer")
+        if (state, sigma) not in self._modulations:
+            after = list(self._times[self._times.index(sigma) :]) if sigma in self._times else [sigma]
+            levels = list(dict.fromkeys(after))[: net.TIMES_AT_ONCE - 1]
+            module: QwenImageTransformer = self.transformer.module
+            if module.config.zero_cond_t:
+                levels.append(0.0)
+            made = module.modulate(self.transformer.backend, levels, partial(self._compute, "the modulation"))
+            self._modulations = {(state, level): m for level, m in zip(levels, made, strict=True)}
+        return self._modulations[state, sigma]
+
+    def _velocity(self, x: Float32, sigma: float, context: Float32, references: Sequence[Float32] = ()) -> Float32:
+        module: QwenImageTransformer = self.transformer.module
+        frames = [_even(frame) for frame in (x if x.ndim == 4 else x[None])]
+        others = [_even(latents) for latents in references]
+        grids = [(a.shape[1] // net.PATCH, a.shape[2] // net.PATCH) for a in (frames[0], *others)]
+        n_patches, n_others = len(frames) * math.prod(grids[0]), sum(math.prod(grid) for grid in grids[1:])
+        modulation = self._modulation(sigma)
+        inputs = {
+            "patches": np.concatenate([net.patchify(a) for a in (*frames, *others)]),
+            "context": context,
+            "position": net.joint_positions(
+                len(context), grids[0], grids[1:], n_targets=len(frames), layered=self.layered, compat=self.compat
+            ),
+            "modulation_image": modulation.image,
+            "modulation_text": modulation.text,
+        }
+        if module.config.zero_cond_t and n_others:
+            inputs["modulation_zero"] = self._modulation(0.0).image[: net.N_MOD * module.config.n_layers]
+        graph = self._step_graph(n_patches, len(context), n_others)
+        out = self._compute(f"the transformer at sigma {sigma:.4f}", graph, **inputs)["out"]
+        parts = np.split(out.reshape(n_patches, -1), len(frames))
+        h, w = x.shape[-2:]
+        found = np.stack([net.unpatchify(part, *frames[0].shape[1:])[:, :h, :w] for part in parts])
+        return found if x.ndim == 4 else np.ascontiguousarray(found[0])
+
+    def _step_graph(self, n_patches: int, n_text: int, n_references: int) -> Graph:
+        transformer = self.transformer  # keeps two graphs: prompt and negative prompt
+        build = partial(transformer.module.step_graph, transformer.backend, n_patches, n_text, n_references)
+        return transformer.graph((n_patches, n_text, n_references), build)
+
+    def _sigmas(
+        self, n: int, explicit: Sequence[float] | None, name: str | None, shift: float | None, method: str,
+        width: int, height: int,
+    ) -> Float32:  # fmt: skip
+        n_patches = math.ceil(height / 16) * math.ceil(width / 16)
+        if explicit is not None:
+            if self.compat == "sd.cpp":
+                return schedule.explicit(explicit)
+            if shift is not None:
+                return schedule.shifted(explicit, shift)
+            return schedule.shifted_by_size(explicit, schedule.qwen_image_mu(n_patches), schedule.QWEN_TERMINAL)
+        if name is None and self.layered and self.compat == "diffusers" and shift is None:
+            return schedule.qwen_layered(n, n_patches)
+        if name is None:
+            of_model = "qwen_image" if shift is None else "diffusers"  # a shift that is given is a constant one
+            name = schedule.sd_cpp_default(method) if self.compat == "sd.cpp" else of_model
+        shift = self.default_shift if shift is None else shift
+        return schedule.sigmas(name, n, shift=shift, n_positions=4 * n_patches)
+
+    def _guidance(
+        self, cfg_scale: float | None, guidance_scale: float | None = None, true_cfg_scale: float | None = None,
+        cfg_normalization: float | None = None, cfg_truncation: float | None = None,
+    ) -> Guidance | None:  # fmt: skip
+        if guidance_scale is not None or cfg_truncation is not None or cfg_normalization is not None:
+            raise ValueError("guidance_scale and its relatives are Z-Image's: Qwen-Image's is true_cfg_scale")
+        if cfg_scale is not None and true_cfg_scale is not None:
+            raise ValueError("cfg_scale and true_cfg_scale are both given: they mean the same, give one of them")
+        scale = true_cfg_scale if cfg_scale is None else cfg_scale
+        scale = self.default_cfg_scale if scale is None else scale
+        if not math.isfinite(scale):
+            raise ValueError(f"true_cfg_scale must be a finite number, not {scale}")
+        if scale == 1 or (scale < 1 and self.compat != "sd.cpp"):
+            return None
+        return QwenImageGuidance(scale, rescale=self.compat == "diffusers" and not self.layered)
+
+    # -- before anything is computed ----------------------------------------------------------------------------------
+
+    def phases(
+        self, prompt: str, *, negative_prompt: str = "", height: int | None = None, width: int | None = None,
+        cfg_scale: float | None = None, method: str = "euler", num_images_per_prompt: int = 1,
+        encode_image: bool = False, reference_images: Sequence[Path | Image.Image] = (), layers: int | None = None,
+    ) -> list[Phase]:  # fmt: skip
+        pictures = [self._read_reference(source) for source in reference_images]
+        width, height = self._size(width, height, pictures)
+        check_size(width, height)
+        guided = self._guidance(cfg_scale) is not None or find_sampler(method).both
+        spans = all_spans([component.weights for component in self.components()])
+        dit: QwenImageTransformer = self.transformer.module
+        n_frames = self._latent_shape(width, height, layers)[0] if self.layered else 1
+        target, h, w = (-(-height // 16), -(-width // 16)), height // SIZE_MULTIPLE, width // SIZE_MULTIPLE
+        found, n_rows, others = [], [], []
+        for sides in map(_sides, pictures):  # as `_look_at` and `_references` scale them
+            if self.layered:
+                others.append((width, height))
+                continue
+            others.append(references.size_of_area(*sides, references.AUTOENCODER_AREA))
+            if self.vision:
+                grid = references.tower_grid(*sides, self._tower_area, self.vision.module.config.multiple)
+                n_rows.append(math.prod(grid))
+                graph = self.vision.module.graph(self.vision.backend, self.vision.module.layout(*grid))
+                found.append(Phase.of("vision tower", graph, spans))
+        lengths = []
+        for text in [prompt, negative_prompt] if guided else [prompt]:
+            ids, n_dropped, weights = self._tokens(text, n_rows, edit=bool(pictures) and not self.layered)
+            dropped = 0 if weights else n_dropped
+            graph = self.text_encoder.module.graph(self.text_encoder.backend, len(ids), sum(n_rows), dropped)
+            found.append(Phase.of("text encoder", graph, spans, n_rows=len(ids)))
+            lengths.append(len(ids) - n_dropped)
+        for wide, high in [*others, *([(width, height)] if encode_image else [])]:
+            graph = self.vae.module.encoder_graph(self.vae.backend, high, wide)
+            found.append(Phase.of("image encoder", graph, spans, extra=16 * high * wide))
+        at = self.transformer.backend
+        found += [Phase.of("text's projection", dit.context_graph(at, n), spans) for n in lengths]
+        held = net.TIMES_AT_ONCE * 4 * dit.config.dim * (2 * net.N_MOD * dit.config.n_layers + 2)
+        found.append(Phase.of("modulation", dit.modulation_graph(at, net.TIMES_AT_ONCE), spans, extra=held))
+        n_patches = n_frames * math.prod(target)
+        n_others = sum(wide // 16 * (high // 16) for wide, high in others)
+        picture_phases = [
+            Phase.of("steps", dit.step_graph(at, n_patches, n, n_others), spans, stays=True, extra=held)
+            for n in dict.fromkeys(lengths)
+        ]
+        pixels = 16 * height * width  # bytes: three floats, and whether each is finite
+        if self.vae_tile:  # and the widest layers of the whole picture in memory of our own
+            narrow, wide = self.vae.module.config.channels[:2]
+            pixels += 4 * (wide + 2 * narrow) * height * width
+            h, w = min(h, self.vae_tile[0]), min(w, self.vae_tile[1])
+        picture_phases.append(
+            Phase.of("decoder", self.vae.module.decoder_graph(self.vae.backend, h, w), spans, extra=pixels)
+        )
+        again = [replace(phase, buffer=0, stays=False) if phase.stays else phase for phase in picture_phases]
+        return found + picture_phases + (again if num_images_per_prompt > 1 else [])
+
+
+def _sides(picture: Pixels) -> tuple[int, int]:
+    """Width and height."""
+    return picture.shape[1], picture.shape[0]
+
+
+def _even(latents: Float32) -> Float32:
+    """Padded to whole patches."""
+    _, h, w = latents.shape
+    return np.pad(latents, ((0, 0), (0, h % net.PATCH), (0, w % net.PATCH)))
