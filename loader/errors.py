@@ -75,7 +75,7 @@ class LoadError(GGMLError, ValueError):
         super().__init__(str(self))
 
     def __str__(self) -> str:
-        where = [] if self.path is None else [printable(self.path)]
+        where = [] if self.path is None else [self.path]
         if self.tensor is not None:
             where.append(f"tensor {quoted(self.tensor)}")
         if self.field is not None:
@@ -83,11 +83,13 @@ class LoadError(GGMLError, ValueError):
         if self.offset is not None:
             where.append(f"byte {self.offset}")
         text = f"{', '.join(where)}: {self.message}" if where else self.message
-        return f"{text}; {self.hint}" if self.hint else text
+        return printable(f"{text}; {self.hint}" if self.hint else text)  # files, and so names, can be hostile
 
 
 def printable(text: str) -> str:
     """`text` without the characters that could move a terminal's cursor or start a new line of a log."""
+    if text.isprintable():
+        return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
 
 

@@ -30,7 +30,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .checkpoint import Checkpoint, open_checkpoint
-from .convert import to_float32
+from .convert import scaled_float32
 from .describe import describe
 from .errors import Kind as ErrorKind
 from .errors import LoadError, printable, quoted
@@ -399,7 +399,7 @@ class LoraFile:
             size = info.n_bytes * per_block // max(info.n_elements, 1) or 1
             for at in range(0, info.n_bytes, size):
                 raw = info.file.read_at(info.offset + at, min(size, info.n_bytes - at))
-                if not _finite(raw, info):
+                if not _finite(raw, info, at * info.n_elements // info.n_bytes):
                     self._refuse(info, "holds values that are not finite", "BadValue")
 
     def _check_overlap(self, role: str, changes: Sequence[Change]) -> None:
@@ -552,19 +552,22 @@ def _read_rows(info: TensorInfo, shape: Sequence[int], first: int, last: int) ->
     """Rows of a tensor as float32, a copy: [n, columns] or [n]."""
     per_row = info.n_bytes // shape[0] if len(shape) == 2 else info.n_bytes // info.n_elements
     raw = info.file.read_at(info.offset + first * per_row, (last - first) * per_row)
-    return _values(info, raw).reshape(last - first, *shape[1:])
+    return _values(info, raw, first * math.prod(shape[1:])).reshape(last - first, *shape[1:])
 
 
-def _values(info: TensorInfo, raw: bytes) -> Float32:
+def _values(info: TensorInfo, raw: bytes, first: int = 0) -> Float32:
+    """Bytes of a tensor, from element `first` on, as float32, a copy; times its scale where it has one."""
     try:
-        return np.array(to_float32(np.frombuffer(raw, np.uint8), info.dtype), np.float32)
+        return np.array(scaled_float32(np.frombuffer(raw, np.uint8), info, first), np.float32)
     except (KeyError, OverflowError) as error:
         raise LoadError(f"{info.dtype} cannot be read as float32: {error}", kind="BadType", path=info.file.path,
                         tensor=info.name_in_file) from None  # fmt: skip
 
 
-def _finite(raw: bytes, info: TensorInfo) -> bool:
-    """Whether all values are finite. For the common types by their bits, which is several times faster."""
+def _finite(raw: bytes, info: TensorInfo, first: int) -> bool:
+    """Whether all values, from element `first` on, are finite. For the common types by their bits, which is several
+    times faster.
+    """
     bits: NDArray[Any]
     if info.dtype in ("F16", "BF16"):
         bits = np.frombuffer(raw, "<u2") & np.uint16(0x7FFF)
@@ -572,4 +575,4 @@ def _finite(raw: bytes, info: TensorInfo) -> bool:
     if info.dtype == "F32":
         bits = np.frombuffer(raw, "<u4") & np.uint32(0x7FFFFFFF)
         return not bits.size or int(bits.max()) < 0x7F800000
-    return bool(np.isfinite(_values(info, raw)).all())
+    return bool(np.isfinite(_values(info, raw, first)).all())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from itertools import pairwise
 from math import prod
 from typing import Any, Final
@@ -10,7 +11,8 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from pyggml import Backend, Buffer, Context, Tensor, Type
+from pyggml import Backend, Buffer, Context, ServerLost, Tensor, Type
+from pyggml.backend import check_server
 from pyggml.lib import ffi, lib
 
 from .checkpoint import Checkpoint
@@ -58,7 +60,7 @@ class Merged:
 
         check(done, total), in bytes, is called after each piece and may raise; the values are then to be had by
         another write() or by restore(). LoadError when a value does not fit the parameter's type, or when the file
-        changed since it was opened.
+        changed since it was opened; ServerLost.
         """
         total, done = sum(t.n_bytes for t in self._tensors.values()), 0
         check(0, total)
@@ -76,14 +78,16 @@ class Merged:
             pieces = [(0, np.concatenate([piece for _, piece in pieces]))]
         for at, piece in pieces:
             lib.ggml_backend_tensor_set(tensor.ptr, ffi.from_buffer(piece), at, piece.nbytes)
+            check_server(tensor.ptr)
             yield piece.nbytes
         info.file.check()
 
     def restore(self) -> None:
-        """Give what was overwritten its file's values."""
+        """Give what was overwritten its file's values. What was on a server that is gone is gone too."""
         for name in self._in_place:
-            for _ in self._fill(name, ()):
-                pass
+            with suppress(ServerLost):
+                for _ in self._fill(name, ()):
+                    pass
 
     def close(self) -> None:
         """Give the parameters their own tensors, and free the copies."""

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from PIL import Image
 
 MIN_SIDE = 16
-MAX_PIXELS = 64 * 1024 * 1024
+MAX_SIDE = 8192
+MAX_PIXELS = 16 * 1024 * 1024  # before it is scaled: a file of 100 kB can hold a picture that takes a gigabyte
 _FORMATS = ("PNG", "JPEG", "WEBP")  # of pictures that we open: Pillow's other decoders stay out of reach
 
 
@@ -46,8 +47,8 @@ def read_image(
     """A picture as uint8 [height, width, 3]: turned upright, on white where it is transparent, scaled (Lanczos) if a
     size is given. `alpha`: [height, width, 4] instead, its transparency kept.
 
-    ValueError, naming the file, for what is no PNG, JPEG or WebP, is broken, or is narrower than
-    MIN_SIDE or larger than MAX_PIXELS.
+    ValueError, naming the file, for what is no PNG, JPEG or WebP, is broken, has a side that is not in
+    MIN_SIDE..MAX_SIDE, or more than MAX_PIXELS; of such a file only the header is read.
     """
     from PIL import Image
 
@@ -73,8 +74,9 @@ def _read(image: Image.Image, name: str, width: int | None, height: int | None, 
     from PIL import Image, ImageOps
 
     try:
-        if min(image.size) < MIN_SIDE or image.width * image.height > MAX_PIXELS:
-            wanted = f"at least {MIN_SIDE} each way, and {MAX_PIXELS} in all"
+        small, large = min(image.size), max(image.size)
+        if small < MIN_SIDE or large > MAX_SIDE or image.width * image.height > MAX_PIXELS:
+            wanted = f"{MIN_SIDE} to {MAX_SIDE} each way, {MAX_PIXELS} in all at most"
             raise ValueError(f"it has {image.width} x {image.height} pixels; {wanted}, can be used")
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I"):  # 16 bits of grey, which convert() would clip

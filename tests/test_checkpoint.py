@@ -409,6 +409,17 @@ def test_a_split_count_that_is_text_stays_one_line(tmp_path: Path) -> None:
     assert error.kind == "MissingFile" and str(error).isprintable() and r"one part of '2\n\x1b[2J'" in str(error)
 
 
+def test_every_word_of_a_refusal_is_escaped(tmp_path: Path) -> None:
+    path = tmp_path / "a\x1b[2Jb\nc\udcff.gguf"
+    path.write_bytes(b"GGUF")
+    text = str(refusal(path))
+    assert text.isprintable() and r"a\x1b[2Jb\nc\udcff.gguf" in text
+    error = LoadError("bad \x1b[1m", path="x\n", tensor="t\r", field="f\x00", offset=3, hint="see \u202ey")
+    assert str(error) == r"x\n, tensor 't\r', f\x00, byte 3: bad \x1b[1m; see \u202ey" == error.args[0]
+    assert error.message == "bad \x1b[1m" and error.path == "x\n"  # as they are, for programs
+    assert str(LoadError("keine Übergröße, 中文")) == "keine Übergröße, 中文"
+
+
 def test_package_holds_no_pickle() -> None:
     """What cannot run code is shown by absence."""
     folder = Path(open_checkpoint.__code__.co_filename).parent

@@ -382,7 +382,8 @@ BAD_PICTURES = {
     "text that grows to 100 MB": packed(b"zTXt", b"Comment\0\0"),
     "profile that grows to 100 MB": packed(b"iCCP", b"name\0\0"),
     "tall and narrow": saved(Image.new("RGB", (15, 6000)), "JPEG"),
-    "too many pixels": png(8193, 8192, data=bytes(8192 * 1026), depth=1, colour=0),
+    "too many pixels": png(4097, 4096, data=bytes(4096 * 514), depth=1, colour=0),
+    "one side too long": png(8193, 16, data=bytes(16 * 1026), depth=1, colour=0),
 }
 
 
@@ -393,6 +394,14 @@ def test_a_bad_init_picture_is_one_line(
     monkeypatch.setattr(models, "load", lambda *a, **k: pytest.fail("a model was loaded"))
     Path("in.png").write_bytes(BAD_PICTURES[case])
     assert "'in.png'" in one_line(*run("generate", PROMPT, "-i", "in.png", *SMALL, capsys=capsys))
+
+
+def test_pictures_up_to_16_megapixels_are_taken() -> None:
+    from models.image import read_image
+
+    for width, height in ((4096, 4096), (8192, 2048)):
+        data = png(width, height, data=bytes(height * (1 + width // 8)), depth=1, colour=0)
+        assert not read_image(io.BytesIO(data), 16, 16).any()
 
 
 def test_pictures_with_a_damaged_end_are_taken() -> None:

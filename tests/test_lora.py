@@ -16,6 +16,7 @@ from safetensors.numpy import save_file
 from tiny_models import PARTS, golden, weight, write_tiny_models
 
 import models
+from loader.convert import to_float32
 from loader.errors import LoadError
 from loader.lora import Place, open_lora
 from loader.options import LoadOptions
@@ -25,7 +26,7 @@ from models.lora import NODES, Naming
 from models.tokenizer import Tokenizer
 from models.z_image import ZImagePipeline
 from models.z_image import transformer as net
-from pyggml import Backend, Cancelled, Type
+from pyggml import Backend, BufferType, Cancelled, ServerLost, Type
 from pyggml.quantize import dequantize, quantize
 from studio import cli
 
@@ -825,18 +826,11 @@ def test_scales_of_8_bit_weights_count(files: Files, backend: Backend, tmp_path:
     name, scale = "layers.0.attention.to_q", np.float32(0.03)
     raw = np.random.default_rng(0).integers(0, 0x60, (64, 64)).astype(np.uint8)
     tensors = {k[8:]: v for k, v in golden(PARTS["diffusion_model"]).items() if k.startswith("weights/")}
-    entries, data = {}, b""
-    for key, (kind, values) in {
+    paths = {**files, "diffusion_model": tmp_path / "x.safetensors"}
+    write_typed(paths["diffusion_model"], {
         **{k: ("F32", v.astype("<f4")) for k, v in tensors.items()}, f"{name}.weight": (dtype, raw),
         f"{name}.scale_weight": ("F32", np.array([scale], "<f4")),
-    }.items():  # fmt: skip
-        content = np.ascontiguousarray(values).tobytes()
-        place = [len(data), len(data) + len(content)]
-        entries[key] = {"dtype": kind, "shape": list(values.shape), "data_offsets": place}
-        data += content
-    header = json.dumps(entries).encode()
-    paths = {**files, "diffusion_model": tmp_path / "x.safetensors"}
-    paths["diffusion_model"].write_bytes(len(header).to_bytes(8, "little") + header + data)
+    })  # fmt: skip
     lora = simple(tmp_path / "a.safetensors", name)
     delta = normal(1, 64, RANK).astype(np.float64) @ normal(0, RANK, 64)
     with models.load(**paths, backend=backend, lora_apply_mode="immediately") as pipe:
@@ -846,6 +840,71 @@ def test_scales_of_8_bit_weights_count(files: Files, backend: Backend, tmp_path:
         after = param.tensor.numpy()
     assert 0 < np.abs(before).max() and error(after, before + delta) < 4e-3
     assert np.abs(before + delta - before / scale).max() > 1
+
+
+def write_typed(path: Path, tensors: Mapping[str, tuple[str, NDArray[Any]]]) -> Path:
+    """A safetensors file of (dtype, bytes or numbers in the shape that it has)."""
+    entries, data = {}, b""
+    for name, (dtype, values) in tensors.items():
+        content = np.ascontiguousarray(values).tobytes()
+        entries[name] = {"dtype": dtype, "shape": list(values.shape), "data_offsets": [len(data), len(data + content)]}
+        data += content
+    header = json.dumps(entries).encode()
+    path.write_bytes(len(header).to_bytes(8, "little") + header + data)
+    return path
+
+
+@pytest.mark.parametrize("scale_name", ["weight_scale", "scale_weight"])
+@pytest.mark.parametrize("mode", ["at_runtime", "immediately", "convert"])
+def test_scales_of_8_bit_loras_count(
+    files: Files, backend: Backend, tmp_path: Path, mode: str, scale_name: str
+) -> None:
+    """A LoRA that is itself scaled: one number for down, one for each row of up."""
+    name, random = "layers.0.feed_forward.w1", np.random.default_rng(0)
+    codes = np.array([*range(0x50), *range(0x80, 0xD0)], np.uint8)
+    down, up = (random.choice(codes, shape) for shape in ((RANK, 64), (170, RANK)))
+    up_scale = random.uniform(0.01, 0.2, (170, 1)).astype(np.float32)
+    path = write_typed(tmp_path / "a.safetensors", {
+        f"{name}.lora_A.weight": ("F8_E4M3", down), f"{name}.lora_B.weight": ("F8_E4M3", up),
+        f"{name}.lora_A.{scale_name}": ("F32", np.array(0.25, np.float32)),
+        f"{name}.lora_B.{scale_name}": ("F32", up_scale),
+    })  # fmt: skip
+    floats = [to_float32(raw.reshape(-1), "F8_E4M3").reshape(raw.shape).astype(float) for raw in (down, up)]
+    delta = (floats[1] * up_scale) @ (floats[0] * 0.25)
+    assert 0.1 < np.abs(delta).max() < 10
+    wanted = expected(tmp_path / "numpy", {f"diffusion_model/{name}.weight": delta}, backend)
+    if mode == "convert":
+        out = tmp_path / "out" / "model.safetensors"
+        out.parent.mkdir()
+        assert cli.main(["convert", str(files["diffusion_model"]), "-o", str(out), "--lora", str(path)]) == 0
+        with models.load(**files | {"diffusion_model": out}, backend=backend) as pipe:
+            assert error(latents(pipe), wanted) < 1e-3
+        return
+    with models.load(**files, backend=backend, lora_apply_mode=mode) as pipe:
+        [report] = pipe.set_loras({path: 1})
+        assert report.applied == {"transformer": (2, 2)} and not report.unknown
+        assert error(latents(pipe), wanted) < 1e-3  # at_runtime the products of code and scale are rounded to f16
+
+
+@pytest.mark.parametrize("mode", ["at_runtime", "immediately"])
+def test_a_server_that_goes_away_as_loras_are_merged(
+    files: Files, backend: Backend, tmp_path: Path, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing says so when bytes are sent to it: it is asked. (Norms are merged in both modes.)"""
+    path = write(tmp_path / "a.safetensors", {"layers.0.attention_norm1.diff": normal(18, 64)})
+
+    def gone(memory: BufferType) -> None:
+        raise ServerLost("the RPC server is gone")
+
+    with models.load(**files, backend=backend, lora_apply_mode=mode) as pipe:
+        before = latents(pipe)
+        with monkeypatch.context() as patch:
+            patch.setattr("pyggml.rpc.any_servers", lambda: True)
+            patch.setattr(BufferType, "check", gone)
+            with pytest.raises(ServerLost, match="is gone"):
+                pipe.set_loras({path: 1})
+        assert not pipe.loras.active and not pipe.loras._merged
+        np.testing.assert_array_equal(latents(pipe), before)
 
 
 # -- files that are refused (reliability.md, catalogue C) ------------------------------------------------------------
