@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 ORDER = ["pyggml", "loader", "models", "studio"]  # a package may import those before it
 FILES = [path for package in ORDER for path in sorted((ROOT / package).rglob("*.py")) if path.name != "_ggml.py"]
 ABOVE = {"pyggml/__main__.py": "studio"}  # so that `python -m pyggml` is the command
-PUBLIC = ["pyggml", "pyggml.ops", "loader", "models", "models.z_image"]
+PUBLIC = ["pyggml", "pyggml.ops", "loader", "models", "models.qwen_image", "models.z_image"]
 
 
 def name_of(path: Path) -> str:
