@@ -287,10 +287,9 @@ class QwenAutoencoder(Module):
     def encode(
         self, backend: Backend, picture: NDArray[np.float32], compute: Compute = Graph.compute,
         *, tile: tuple[int, int] | None = None,
-    ) -> NDArray[np.float32]:  # fmt: skip
-        """A picture [3 or 4, H, W] in 0..1, sides multiples of 8, to the mean of its scaled latents [C, H/8, W/8].
-
-        The mean is what every pipeline takes; nothing is drawn at random. tile: as in `decode`.
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:  # fmt: skip
+        """A picture [3 or 4, H, W] in 0..1, sides multiples of 8, to mean and standard deviation of its scaled latents,
+        [C, H/8, W/8] both. tile: as in `decode`.
         """
         assert self.encoder is not None and self.conv1 is not None
         height, width = picture.shape[1:]
@@ -301,5 +300,6 @@ class QwenAutoencoder(Module):
         else:
             with self.encoder_graph(backend, height, width) as graph:
                 moments = compute(graph, picture=2 * picture - 1)["moments"]
-        mean = moments[: self.config.latent_channels]
-        return np.asarray((mean - MEAN) / DEVIATION, np.float32)
+        mean, log_variance = np.split(moments, 2)
+        deviation = np.exp(np.clip(log_variance, -30, 20) / 2) / DEVIATION
+        return np.asarray((mean - MEAN) / DEVIATION, np.float32), np.asarray(deviation, np.float32)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 import tempfile
@@ -40,6 +41,11 @@ def to_pil(picture: NDArray[np.uint8]) -> Image.Image:
     return Image.fromarray(picture)
 
 
+def fingerprint(picture: NDArray[np.uint8]) -> tuple[tuple[int, ...], bytes]:
+    """What tells a picture from others."""
+    return picture.shape, hashlib.sha256(picture.tobytes()).digest()
+
+
 def read_image(
     source: str | os.PathLike[str] | IO[bytes] | Image.Image, width: int | None = None, height: int | None = None, *,
     alpha: bool = False,
@@ -67,7 +73,10 @@ def read_image(
 
 def read_mask(source: str | os.PathLike[str] | IO[bytes] | Image.Image, width: int, height: int) -> NDArray[np.uint8]:
     """A picture's brightness, uint8 [height, width], white where it is transparent. Raises as `read_image`."""
-    return np.asarray(to_pil(read_image(source, width, height)).convert("L"), np.uint8)
+    from PIL import Image
+
+    grey = to_pil(read_image(source)).convert("L")
+    return np.asarray(grey.resize((width, height), Image.Resampling.LANCZOS), np.uint8)
 
 
 def _read(image: Image.Image, name: str, width: int | None, height: int | None, alpha: bool) -> NDArray[np.uint8]:

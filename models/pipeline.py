@@ -7,7 +7,6 @@ diffusers; docs/parity.md lists where.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import threading
 import time
@@ -48,7 +47,7 @@ Compat = Literal["diffusers", "sd.cpp"]
 Progress = Callable[[str, int, int], None]
 
 CACHED_PROMPTS = 32
-STRENGTH: Mapping[Compat, float] = {"diffusers": 0.6, "sd.cpp": 0.75}  # of img2img, when none is given
+SD_CPP_STRENGTH = 0.75  # of img2img and inpainting, when none is given
 SIZE_MULTIPLE = 8  # pixels along a side of a latent pixel
 MAX_SIDE = 4096
 
@@ -103,6 +102,7 @@ class Pipeline(ABC):
     default_cfg_scale: ClassVar[float]
     edits: ClassVar[bool] = False  # takes reference pictures
     default_shift: ClassVar[float] = 3.0
+    default_strength: ClassVar[tuple[float, float]] = 0.6, 0.6  # of img2img, and with a mask, as in diffusers
 
     def __init__(
         self, text_encoder: Component, transformer: Component, vae: Component, tokenizer: Tokenizer, *,
@@ -301,6 +301,12 @@ class Pipeline(ABC):
             raise ValueError("LoRAs want weights that stay: let those of te and diffusion rest on cpu, not on disk")
         self.loras.activate(weights, check)
 
+    def size(
+        self, width: int | None = None, height: int | None = None, reference_images: Sequence[Path | Image.Image] = ()
+    ) -> tuple[int, int]:
+        """Width and height of what a call with these arguments draws. ValueError as the call."""
+        return self._size(width, height, [self._read_reference(source) for source in reference_images])
+
     def _drop_graphs(self) -> None:
         for component in self.components():
             component.close_graphs()
@@ -469,10 +475,10 @@ class Pipeline(ABC):
         if init_image is not None:
             if len(shape) > 3:
                 raise ValueError("a model that makes layers starts from no picture: give it as a reference")
-            levels = schedule.after_strength(
-                levels, STRENGTH[self.compat] if strength is None else strength,
-                compat="sd.cpp" if self.compat == "sd.cpp" else None,
-            )  # fmt: skip
+            if strength is None:
+                usual = self.default_strength[mask_image is not None]
+                strength = SD_CPP_STRENGTH if self.compat == "sd.cpp" else usual
+            levels = schedule.after_strength(levels, strength, compat="sd.cpp" if self.compat == "sd.cpp" else None)
             pixels = image.read_image(init_image, width, height)
         if mask_image is not None:
             if pixels is None:
@@ -564,8 +570,7 @@ class Pipeline(ABC):
         return self.decode(latents)
 
     def _prompt_key(self, prompt: str, pictures: Sequence[Pixels]) -> tuple[object, ...]:
-        seen = tuple((p.shape, hashlib.sha256(p.tobytes()).digest()) for p in pictures)
-        return self.compat, prompt, self.loras.state("text_encoder"), seen
+        return self.compat, prompt, self.loras.state("text_encoder"), tuple(map(image.fingerprint, pictures))
 
     def _conditioning(self, values: Conditioning | Float32) -> Conditioning:
         if isinstance(values, Conditioning):

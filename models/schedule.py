@@ -97,11 +97,16 @@ def qwen_image_mu(n_tokens: int) -> float:
     return n_tokens * slope + (0.5 - slope * 256)
 
 
+def qwen_layered_mu(n_tokens: int) -> float:
+    """Qwen-Image-Layered's: of the patches of the condition picture."""
+    return math.sqrt(n_tokens / 256)
+
+
 def qwen_layered(n: int, n_tokens: int) -> Float32:
     """The schedule of Qwen-Image-Layered's pipeline: float32 [n + 1]; n_tokens: patches of the condition picture."""
     if n < 1 or n_tokens < 1:
         raise ValueError(f"a schedule needs at least 1 step and 1 patch, not {n} and {n_tokens}")
-    return shifted_by_size(np.linspace(1, 0, n + 1)[:-1], (n_tokens / 256) ** 0.5, QWEN_TERMINAL)
+    return shifted_by_size(np.linspace(1, 0, n + 1)[:-1], qwen_layered_mu(n_tokens), QWEN_TERMINAL)
 
 
 def sd_cpp_default(method: str) -> str:

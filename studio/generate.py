@@ -137,7 +137,7 @@ def _show_plan(
 
     with models.load(*files, **load, load=stand_in) as pipe:
         pipe.vae_tile = tile
-        side = [shape[name] or pipe.default_size for name in ("width", "height")]
+        side = pipe.size(*(shape[name] for name in ("width", "height", "reference_images")))
         threads = pipe.transformer.backend.n_threads
         heading = f"{side[0]}x{side[1]}, {threads} thread{'s' * (threads != 1)}"
         plan.show(pipe, _predict(pipe, args, prompt, shape), heading, getattr(args, "json", False))

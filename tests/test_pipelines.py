@@ -91,6 +91,8 @@ def test_equals_diffusers(pipe: ZImagePipeline, name: str) -> None:
 
     if "strength" in run:
         run["init_image"] = Image.fromarray(RECORDED[f"{name}/init_image"])
+    if run.pop("mask", None):
+        run["mask_image"] = Image.fromarray(RECORDED[f"{name}/mask"])
     result = pipe(**run, callback_on_step_end=look)
 
     close_to(pipe.encode(run["prompt"]).features, RECORDED[f"{name}/prompt_embeds"])
@@ -123,6 +125,12 @@ def test_initial_latents(pipe: ZImagePipeline) -> None:
     rng = make_rng("cpu", run["seed"])
     image = pipe.encode_image(RECORDED["img2img/init_image"], rng)
     close_to(levels[0] * rng.randn(start.shape) + (1 - levels[0]) * image, start)
+
+
+def test_default_strength_is_that_of_each_pipeline(pipe: ZImagePipeline) -> None:
+    run = SMALL | {"init_image": Image.fromarray(RECORDED["img2img/init_image"]), "num_inference_steps": 5}
+    for more, steps in (({}, 3), ({"mask_image": Image.fromarray(RECORDED["inpaint/mask"])}, 5)):
+        assert len(pipe("a red circle", **run, **more).report.step_seconds) == steps
 
 
 def test_stages_one_by_one_equal_the_whole(pipe: ZImagePipeline) -> None:

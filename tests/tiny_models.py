@@ -49,3 +49,30 @@ def write_tiny_models(folder: Path, changed: Mapping[str, NDArray[np.float32]] |
 def weight(part: str, tensor: str) -> NDArray[np.float32]:
     """A copy of one tensor of the tiny models."""
     return np.array(golden(PARTS[part])[f"weights/{tensor}"], np.float32)
+
+
+def write_tiny_qwen(
+    folder: Path, *, layered: bool = False, tower: bool = True, more: Mapping[str, NDArray[Any]] | None = None
+) -> dict[str, Path]:
+    """The Qwen-Image that tests/golden/qwen_pipeline.npz recorded, as keyword arguments of `models.load`. `tower`:
+    with the vision tower beside the language model. more: tensors of the transformer's file besides.
+    """
+    recorded = golden("qwen_pipeline")
+
+    def taken(arrays: Mapping[str, Any], prefix: str = "weights/") -> dict[str, Any]:
+        return {k.removeprefix(prefix): np.ascontiguousarray(v) for k, v in arrays.items() if k.startswith(prefix)}
+
+    dit = taken(golden("qwen_image_transformer")) | taken(recorded) | dict(more or {})
+    vae, vl = taken(golden("autoencoder_qwen")), taken(golden("qwen25_vl"))
+    if layered:
+        dit |= taken(recorded, "layered/weights/")
+        vae |= taken(recorded, "layered/vae/")
+    vl = {k: v for k, v in vl.items() if tower or not k.startswith("visual.")}
+    parts = {"diffusion_model": dit, "llm": {f"model.{k}": v for k, v in vl.items()}, "vae": vae}
+    paths = {part: folder / part / "model.safetensors" for part in parts}
+    for part, tensors in parts.items():
+        paths[part].parent.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, paths[part])
+    (folder / "llm" / "config.json").write_text(str(golden("qwen25_vl")["config"]), encoding="utf-8")
+    (folder / "llm" / "tokenizer.json").write_text(str(recorded["tokenizer"]), encoding="utf-8")
+    return paths | {"llm": folder / "llm"}  # with its config.json

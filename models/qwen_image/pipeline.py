@@ -68,6 +68,8 @@ class QwenImagePipeline(Pipeline):
         self.variant: Variant = variant or ("2511" if transformer.module.config.zero_cond_t else "2509")
         self.grid_positions = grid_positions
         self._times: Sequence[float] = ()
+        self._said_blind = False
+        self._seen: dict[object, tuple[Float32, tuple[int, int]]] = {}
         self._modulations: dict[tuple[object, float], Modulation] = {}
         super().__init__(
             text_encoder, transformer, vae, tokenizer, compat=compat, default_size=default_size,
@@ -162,21 +164,29 @@ class QwenImagePipeline(Pipeline):
         return prompt_weights.apply_weights(features, weights)[n_dropped:] if weights else features
 
     def _look_at(self, pictures: Sequence[Pixels]) -> list[tuple[Float32, tuple[int, int]]]:
-        """What the vision tower makes of pictures: rows, and their grid; nothing where there is no tower."""
+        """What the vision tower makes of pictures: rows, and their grid; nothing where there is no tower.
+
+        The last pictures' are remembered: the negative prompt speaks of the same.
+        """
         if self.vision is None:
-            log.warning(
-                "there is no vision tower: the text encoder does not see the pictures that are edited, the transformer "
-                "does. Give an mmproj file (--llm-vision), or a text encoder that has the tower."
-            )
+            if not self._said_blind:
+                log.warning(
+                    "there is no vision tower: the text encoder does not see the pictures that are edited, the "
+                    "transformer does. Give an mmproj file (--llm-vision), or a text encoder that has the tower."
+                )
+            self._said_blind = True
             return []
-        found = []
-        with self.vision.in_use() as tower:
-            multiple = tower.config.multiple
-            for picture in pictures:
-                pixels = references.for_tower(picture, self._tower_area, multiple)
-                rows = tower.encode(self.vision.backend, pixels, partial(self._compute, "the vision tower"))
-                found.append((rows, (pixels.shape[1] // multiple, pixels.shape[2] // multiple)))
-        return found
+        keys = [image.fingerprint(picture) for picture in pictures]
+        missing = {key: picture for key, picture in zip(keys, pictures, strict=True) if key not in self._seen}
+        self._seen = {key: self._seen[key] for key in keys if key in self._seen}
+        if missing:
+            with self.vision.in_use() as tower:
+                multiple = tower.config.multiple
+                for key, picture in missing.items():
+                    pixels = references.for_tower(picture, self._tower_area, multiple)
+                    rows = tower.encode(self.vision.backend, pixels, partial(self._compute, "the vision tower"))
+                    self._seen[key] = rows, (pixels.shape[1] // multiple, pixels.shape[2] // multiple)
+        return [self._seen[key] for key in keys]
 
     @property
     def _tower_area(self) -> int:
@@ -186,8 +196,9 @@ class QwenImagePipeline(Pipeline):
         return image.read_image(source, alpha=self.layered)
 
     def _size(self, width: int | None, height: int | None, pictures: Sequence[Pixels]) -> tuple[int, int]:
-        if len(pictures) > (1 if self.layered else MAX_PICTURES):
-            raise ValueError(f"{len(pictures)} reference pictures; {1 if self.layered else MAX_PICTURES} at most")
+        most = 1 if self.layered or (self.variant == "edit" and self.compat == "diffusers") else MAX_PICTURES
+        if len(pictures) > most:
+            raise ValueError(f"{len(pictures)} reference pictures; this model takes {most} at most")
         if self.layered and not pictures:
             raise ValueError("a layered model takes a picture apart: give it as a reference image (-r)")
         if not pictures:
@@ -201,7 +212,7 @@ class QwenImagePipeline(Pipeline):
         if self.layered:
             scaled = [image.resized(picture, width, height) for picture in pictures]
         else:
-            scaled = [references.for_autoencoder(picture) for picture in pictures]
+            scaled = [references.for_autoencoder(picture, references.AUTOENCODER_AREA) for picture in pictures]
         return [self.encode_image(picture) for picture in scaled]
 
     def _latent_shape(self, width: int, height: int, layers: int | None) -> tuple[int, ...]:
@@ -220,10 +231,12 @@ class QwenImagePipeline(Pipeline):
         return [self._decoded(layer) for layer in latents[first:]]  # a layer may be empty
 
     def _posterior(self, picture: Pixels) -> tuple[Float32, Float32 | None]:
-        return np.asarray(self._encoded(picture), np.float32), None
+        mean, deviation = self._encoded(picture)
+        return mean, None if self.compat == "sd.cpp" else deviation  # which takes the mean
 
     def _drawn(self, posterior: tuple[Float32, Float32 | None], rng: RNG | None) -> Float32:
-        return posterior[0]  # the mean, scaled: pipelines draw nothing
+        latents, deviation = posterior
+        return latents if rng is None or deviation is None else latents + deviation * rng.randn(latents.shape)
 
     # -- steps --------------------------------------------------------------------------------------------------------
 
@@ -288,7 +301,8 @@ class QwenImagePipeline(Pipeline):
                 return schedule.explicit(explicit)
             if shift is not None:
                 return schedule.shifted(explicit, shift)
-            return schedule.shifted_by_size(explicit, schedule.qwen_image_mu(n_patches), schedule.QWEN_TERMINAL)
+            mu = schedule.qwen_layered_mu(n_patches) if self.layered else schedule.qwen_image_mu(n_patches)
+            return schedule.shifted_by_size(explicit, mu, schedule.QWEN_TERMINAL)
         if name is None and self.layered and self.compat == "diffusers" and shift is None:
             return schedule.qwen_layered(n, n_patches)
         if name is None:

@@ -27,12 +27,12 @@ def size_of_area(width: int, height: int, area: int, multiple: int = MULTIPLE) -
     return size
 
 
-def for_autoencoder(picture: NDArray[np.uint8], area: int = AUTOENCODER_AREA) -> NDArray[np.uint8]:
+def for_autoencoder(picture: NDArray[np.uint8], area: int) -> NDArray[np.uint8]:
     """uint8 [H, W, 3] to uint8 [H', W', 3] of about `area` pixels."""
     return _scaled(picture, *_size_of(picture, area), lanczos=True)
 
 
-def for_tower(picture: NDArray[np.uint8], area: int = TOWER_AREA, multiple: int = 28) -> NDArray[np.float32]:
+def for_tower(picture: NDArray[np.uint8], area: int, multiple: int = 28) -> NDArray[np.float32]:
     """uint8 [H, W, 3] to float32 [3, H', W'] for `Qwen25Vision.encode`: scaled to about `area` pixels, then to sides
     that the tower can take.
     """
@@ -41,7 +41,7 @@ def for_tower(picture: NDArray[np.uint8], area: int = TOWER_AREA, multiple: int 
     return qwen25_vision.normalise(_scaled(picture, *qwen25_vision.size_for(width, height, multiple), lanczos=False))
 
 
-def tower_grid(width: int, height: int, area: int = TOWER_AREA, multiple: int = 28) -> tuple[int, int]:
+def tower_grid(width: int, height: int, area: int, multiple: int = 28) -> tuple[int, int]:
     """Rows and columns of the tower's rows for a picture of that size, as `for_tower` scales it."""
     wide, high = qwen25_vision.size_for(*size_of_area(width, height, area), multiple)
     return high // multiple, wide // multiple

@@ -50,6 +50,7 @@ class ZImagePipeline(Pipeline):
 
     default_steps = 8
     default_cfg_scale = 1.0
+    default_strength = 0.6, 1.0
 
     @classmethod
     def load(

@@ -27,6 +27,11 @@ stores no weights: it runs the three models of the other files.
                               pipeline of Edit-2509 makes of a reference, with smaller areas than the real
     noise.npz                 seed_<s>/<n>: torch.randn of a fresh CPU generator; mixed/<i>: calls on one generator
     pipeline.npz              tokenizer (a tokenizer.json), runs: settings and results of whole pipelines
+    qwen_pipeline.npz         the same of the Qwen-Image pipelines, with smaller areas than the real: tokenizer, areas,
+                              runs; weights/<name> and layered/weights/<name> replace some of the transformer's,
+                              layered/vae/<name> some of the autoencoder's; <run>/{picture_<i> [H,W,3 or 4] uint8, mask
+                              [H,W] uint8, ids, negative_ids, latents_<i> [16,h,w] or of layers [n+1,16,h,w], sigmas},
+                              and of some runs prompt_embeds, start, image
 
 Weights are multiples of a power of two with few bits: the same in f16 and bf16, and the files stay small.
 Norms, biases and pad tokens are random too, so that a forgotten one shows; what goes into q/k norms and into the second
@@ -50,20 +55,38 @@ from diffusers import (
     AutoencoderKL,
     AutoencoderKLQwenImage,
     FlowMatchEulerDiscreteScheduler,
+    QwenImageEditPipeline,
+    QwenImageEditPlusPipeline,
+    QwenImageImg2ImgPipeline,
+    QwenImageInpaintPipeline,
+    QwenImageLayeredPipeline,
     QwenImagePipeline,
     QwenImageTransformer2DModel,
     ZImageImg2ImgPipeline,
+    ZImageInpaintPipeline,
     ZImagePipeline,
     ZImageTransformer2DModel,
 )
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.models.transformers.transformer_z_image import TimestepEmbedder
+from diffusers.pipelines.qwenimage import (
+    pipeline_qwenimage_edit,
+    pipeline_qwenimage_edit_plus,
+    pipeline_qwenimage_layered,
+)
 from diffusers.pipelines.qwenimage.pipeline_qwenimage import calculate_shift, retrieve_timesteps
 from diffusers.pipelines.qwenimage.pipeline_qwenimage_edit_plus import calculate_dimensions
 from diffusers.pipelines.z_image.pipeline_z_image import get_default_z_image_sigmas
 from PIL import Image
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLModel, Qwen3Config, Qwen3Model
+from transformers import (
+    PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLModel,
+    Qwen2_5_VLProcessor,
+    Qwen3Config,
+    Qwen3Model,
+)
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 Arrays = dict[str, np.ndarray]
@@ -74,6 +97,9 @@ SPLIT = (
 )
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 WORDS = ("user", "assistant", " red", " circle", " blue")
+# The tokenizer of Qwen2.5-VL has fewer words, so that its special tokens have the numbers of make_vl_encoder.
+VL_SPECIAL = (*SPECIAL, "<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>")
+VL_WORDS = tuple(word for word in WORDS if word != " red")
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -152,7 +178,9 @@ def make_transformer() -> ZImageTransformer2DModel:
     return model.eval()
 
 
-def make_qwen_transformer(zero_cond_t: bool = False, layered: bool = False) -> QwenImageTransformer2DModel:
+def make_qwen_transformer(
+    zero_cond_t: bool = False, layered: bool = False, text_dim: int = 48
+) -> QwenImageTransformer2DModel:
     sizes = dict(
         in_channels=64,
         out_channels=16,
@@ -164,6 +192,13 @@ def make_qwen_transformer(zero_cond_t: bool = False, layered: bool = False) -> Q
     )
     model = QwenImageTransformer2DModel(**sizes)
     randomize(model, seed=4, levels=2.0)
+    if text_dim != 48:  # the same weights but for those that take the text
+        sizes["joint_attention_dim"] = text_dim
+        other = QwenImageTransformer2DModel(**sizes)
+        randomize(other, seed=8, levels=2.0)
+        same = {k: v for k, v in model.state_dict().items() if not k.startswith(("txt_norm.", "txt_in.weight"))}
+        other.load_state_dict(same, strict=False)
+        model = other
     shrink(model, ("to_q.weight", "to_k.weight", "add_q_proj.weight", "add_k_proj.weight"), 2**-5)
     if zero_cond_t or layered:  # the same weights
         other = QwenImageTransformer2DModel(
@@ -246,9 +281,15 @@ def make_autoencoder() -> AutoencoderKL:
     return model.eval()
 
 
-def make_qwen_autoencoder() -> AutoencoderKLQwenImage:
+def make_qwen_autoencoder(layered: bool = False) -> AutoencoderKLQwenImage:
     model = AutoencoderKLQwenImage(base_dim=8, z_dim=16)
     randomize(model, seed=7, levels=1.5)
+    if layered:  # the same weights but for those of the picture's channels
+        other = AutoencoderKLQwenImage(base_dim=8, z_dim=16, input_channels=4)
+        randomize(other, seed=9, levels=1.5)
+        state = other.state_dict()
+        other.load_state_dict({k: v for k, v in model.state_dict().items() if v.shape == state[k].shape}, strict=False)
+        model = other
     shrink(model, ("time_conv.weight",), 0.0)  # they do not run; as zeros they take no room
     for name, p in model.named_parameters():
         if name.endswith("time_conv.weight"):
@@ -260,11 +301,18 @@ def make_scheduler(shift: float) -> FlowMatchEulerDiscreteScheduler:
     return FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, use_dynamic_shifting=False, shift=shift)
 
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level BPE in the form of Qwen2's, with 256 bytes, the merges of WORDS and three special tokens."""
+def make_qwen_scheduler() -> FlowMatchEulerDiscreteScheduler:
+    return FlowMatchEulerDiscreteScheduler(
+        use_dynamic_shifting=True, base_shift=0.5, max_shift=0.9, base_image_seq_len=256, max_image_seq_len=8192,
+        shift=1.0, shift_terminal=0.02, time_shift_type="exponential", num_train_timesteps=1000,
+    )  # fmt: skip
+
+
+def make_tokenizer(words: Iterable[str] = WORDS, special: Iterable[str] = SPECIAL) -> PreTrainedTokenizerFast:
+    """A byte-level BPE in the form of Qwen2's, with 256 bytes, the merges of `words` and some special tokens."""
     vocab = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     merges: list[tuple[str, str]] = []
-    for word in WORDS:
+    for word in words:
         left = ""
         for c in word.replace(" ", "\u0120"):
             if left and left + c not in vocab:
@@ -280,7 +328,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
         ]
     )
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(list(SPECIAL))
+    tokenizer.add_special_tokens(list(special))
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token="<|endoftext|>",
@@ -446,13 +494,9 @@ def schedules() -> Arrays:
 
 def qwen_schedules() -> Arrays:
     out: Arrays = {}
-    settings = dict(
-        use_dynamic_shifting=True, base_shift=0.5, max_shift=0.9, base_image_seq_len=256, max_image_seq_len=8192,
-        shift=1.0, shift_terminal=0.02, time_shift_type="exponential", num_train_timesteps=1000,
-    )  # fmt: skip
     for n in STEPS[1:]:  # the stretch divides by zero for one step
         for n_tokens in (256, 1024, 4096, 6889):
-            scheduler = FlowMatchEulerDiscreteScheduler(**settings)
+            scheduler = make_qwen_scheduler()
             mu = calculate_shift(n_tokens, 256, 8192, 0.5, 0.9)
             retrieve_timesteps(scheduler, n, "cpu", sigmas=np.linspace(1.0, 1 / n, n), mu=mu)
             out[f"text/{n_tokens}/{n}"] = scheduler.sigmas.numpy()
@@ -499,6 +543,8 @@ RUNS: dict[str, dict[str, Any]] = {
     "truncated": {"shift": 3.0, "steps": 4, "guidance_scale": 2.0, "seed": 7, "prompt": " blue",
                   "cfg_truncation": 0.2},
     "img2img": {"shift": 3.0, "steps": 5, "guidance_scale": 0.0, "seed": 3, "prompt": " blue", "strength": 0.6},
+    "inpaint": {"shift": 3.0, "steps": 5, "guidance_scale": 2.0, "seed": 4, "prompt": " blue", "strength": 0.8,
+                "negative_prompt": "a red circle", "mask": "L 61 40"},
 }  # fmt: skip
 WITH_PICTURE = ("turbo", "base", "img2img")
 HEIGHT, WIDTH = 48, 80
@@ -516,11 +562,13 @@ def pipeline() -> Arrays:
         "tokenizer": np.array(parts["tokenizer"].backend_tokenizer.to_str()),
         "runs": text({name: run | {"height": HEIGHT, "width": WIDTH} for name, run in RUNS.items()}),
         "img2img/init_image": picture,
+        "inpaint/init_image": picture,
     }
     for name, settings in RUNS.items():
         run = dict(settings)
-        img2img = "strength" in run
+        img2img, mask = "strength" in run, run.pop("mask", None)
         make = ZImageImg2ImgPipeline if img2img else ZImagePipeline
+        make = ZImageInpaintPipeline if mask else make
         pipe = make(scheduler=make_scheduler(run.pop("shift")), **parts)
         pipe.set_progress_bar_config(disable=True)
         tape: Arrays = {}
@@ -540,6 +588,9 @@ def pipeline() -> Arrays:
 
         if img2img:
             run |= {"image": torch.from_numpy(picture).permute(2, 0, 1)[None].float() / 255}
+        if mask:
+            tape["mask"] = waves(mask)
+            run["mask_image"] = Image.fromarray(tape["mask"])
         result = pipe(
             run.pop("prompt"),
             num_inference_steps=run.pop("steps"),
@@ -553,6 +604,140 @@ def pipeline() -> Arrays:
         tape["sigmas"] = pipe.scheduler.sigmas.numpy()
         if name in WITH_PICTURE:
             tape["image"] = result.images[0]
+        out.update({f"{name}/{k}": v for k, v in tape.items()})
+    return out
+
+
+QWEN_RUNS: dict[str, dict[str, Any]] = {
+    "text": {"pipeline": "QwenImagePipeline", "height": 48, "width": 80, "steps": 4, "true_cfg_scale": 4.0, "seed": 42,
+             "prompt": "a red circle", "negative_prompt": "d\u00e9j\u00e0 vu"},
+    "unguided": {"pipeline": "QwenImagePipeline", "height": 64, "width": 32, "steps": 3, "true_cfg_scale": 1.0,
+                 "seed": 2, "prompt": " blue"},
+    "img2img": {"pipeline": "QwenImageImg2ImgPipeline", "pictures": ["RGB 61 40"], "height": 48, "width": 80,
+                "steps": 5, "strength": 0.6, "true_cfg_scale": 3.0, "seed": 3, "prompt": " blue",
+                "negative_prompt": ""},
+    "inpaint": {"pipeline": "QwenImageInpaintPipeline", "pictures": ["RGB 80 48"], "mask": "L 61 40", "height": 48,
+                "width": 80, "steps": 5, "strength": 0.8, "true_cfg_scale": 2.0, "seed": 4, "prompt": " blue",
+                "negative_prompt": " "},
+    "edit": {"pipeline": "QwenImageEditPipeline", "pictures": ["RGB 120 80"], "steps": 3, "true_cfg_scale": 4.0,
+             "seed": 5, "prompt": "a red circle", "negative_prompt": " "},
+    "edit_2509": {"pipeline": "QwenImageEditPlusPipeline", "pictures": ["RGB 61 40"], "height": 64, "width": 48,
+                  "steps": 3, "true_cfg_scale": 1.0, "seed": 6, "prompt": "a red circle"},
+    "edit_2509_two": {"pipeline": "QwenImageEditPlusPipeline", "pictures": ["RGB 61 40", "RGB 90 150"], "steps": 3,
+                      "true_cfg_scale": 4.0, "seed": 7, "prompt": "a red circle", "negative_prompt": " "},
+    "edit_2511": {"pipeline": "QwenImageEditPlusPipeline", "pictures": ["RGB 61 40", "RGB 90 150"], "steps": 3,
+                  "true_cfg_scale": 4.0, "seed": 8, "prompt": " blue circle", "negative_prompt": ""},
+    "layered": {"pipeline": "QwenImageLayeredPipeline", "pictures": ["RGBA 90 60"], "layers": 2, "steps": 3,
+                "true_cfg_scale": 4.0, "seed": 9, "prompt": "a red circle", "negative_prompt": " "},
+}  # fmt: skip
+QWEN_PIPELINES = {
+    make.__name__: make
+    for make in (QwenImagePipeline, QwenImageImg2ImgPipeline, QwenImageInpaintPipeline, QwenImageEditPipeline,
+                 QwenImageEditPlusPipeline, QwenImageLayeredPipeline)
+}  # fmt: skip
+LAYERED_AREA = 64 * 64
+
+
+class Processor(Qwen2_5_VLProcessor):
+    """Qwen2.5-VL's, without the part for videos."""
+
+    def check_argument_for_proper_class(self, argument_name: str, argument: object) -> type:
+        return type(argument)
+
+
+def waves(kind: str) -> np.ndarray:
+    """A smooth picture, "MODE WIDTH HEIGHT"."""
+    mode, *sides = kind.split()
+    width, height = map(int, sides)
+    wave = np.sin(np.arange(height)[:, None] / 5) + np.cos(np.arange(width) / 7)
+    planes = [wave, wave[::-1], -wave, wave[:, ::-1]]
+    picture = np.rint(60 * np.stack(planes, -1) + 128).astype(np.uint8)
+    return picture[..., 0] if mode == "L" else picture[..., : len(mode)]
+
+
+def qwen_pipeline() -> Arrays:
+    small = {1024 * 1024: AUTOENCODER_AREA, 384 * 384: TOWER_AREA, 640 * 640: LAYERED_AREA}
+    for module in (pipeline_qwenimage_edit, pipeline_qwenimage_edit_plus, pipeline_qwenimage_layered):
+        def smaller(area: int, ratio: float, real: Any = module.calculate_dimensions) -> Any:
+            return real(small.get(area, area), ratio)
+
+        module.calculate_dimensions = smaller  # type: ignore[attr-defined]
+    tokenizer = make_tokenizer(VL_WORDS, VL_SPECIAL)
+    processor = Processor(Qwen2VLImageProcessorPil(), tokenizer, None)
+    encoder = make_vl_encoder()
+    base = weights(make_qwen_transformer(text_dim=DIM))
+    vae, plain = weights(make_qwen_autoencoder(layered=True)), make_qwen_autoencoder().state_dict()
+    out: Arrays = {
+        "tokenizer": np.array(tokenizer.backend_tokenizer.to_str()),
+        "areas": np.array([AUTOENCODER_AREA, TOWER_AREA, LAYERED_AREA], np.int32),
+        "runs": text(QWEN_RUNS),
+        **{k: base[k] for k in ("weights/txt_norm.weight", "weights/txt_in.weight")},
+        **{f"layered/{k}": v for k, v in weights(make_qwen_transformer(layered=True, text_dim=DIM)).items()
+           if "addition" in k},
+        **{f"layered/vae/{k.removeprefix('weights/')}": v for k, v in vae.items()
+           if v.shape != plain[k.removeprefix("weights/")].shape},
+    }  # fmt: skip
+    for name, settings in QWEN_RUNS.items():
+        run = dict(settings)
+        make = QWEN_PIPELINES[run.pop("pipeline")]
+        layered = make is QwenImageLayeredPipeline
+        parts: dict[str, Any] = {
+            "transformer": make_qwen_transformer(name == "edit_2511", layered, DIM),
+            "vae": make_qwen_autoencoder(layered), "text_encoder": encoder, "tokenizer": tokenizer,
+            "scheduler": make_qwen_scheduler(),
+        }  # fmt: skip
+        if layered or "edit" in name:
+            parts["processor"] = processor
+        pipe = make(**parts)
+        pipe.set_progress_bar_config(disable=True)
+        tape: Arrays = {}
+        pictures = [waves(kind) for kind in run.pop("pictures", [])]
+        tape |= {f"picture_{i}": picture for i, picture in enumerate(pictures)}
+        images = [Image.fromarray(picture) for picture in pictures]
+        if images:
+            run["image"] = images if len(images) > 1 else images[0]
+        if "mask" in run:
+            tape["mask"] = waves(run.pop("mask"))
+            run["mask_image"] = Image.fromarray(tape["mask"])
+        ids: list[np.ndarray] = []
+        hook = encoder.register_forward_pre_hook(
+            lambda _m, _a, kwargs, ids=ids: ids.append(kwargs["input_ids"][0].numpy().astype(np.int32)),
+            with_kwargs=True,
+        )
+        embeds: list[np.ndarray] = []
+        packed: list[torch.Tensor] = []
+        record(pipe, "encode_prompt", tape, lambda r, embeds=embeds: embeds.append(r[0][0].numpy()) or {})
+        record(pipe, "prepare_latents", tape,
+               lambda r, packed=packed: packed.append(r[0] if isinstance(r, tuple) else r) or {})  # fmt: skip
+
+        def on_step(
+            _p: object, i: int, _t: object, kwargs: dict[str, torch.Tensor], packed: list[torch.Tensor] = packed
+        ) -> dict[str, Any]:
+            packed.append(kwargs["latents"].clone())
+            return {}
+
+        result = pipe(
+            prompt=run.pop("prompt"),
+            num_inference_steps=run.pop("steps"),
+            generator=torch.Generator().manual_seed(run.pop("seed")),
+            output_type="np",
+            callback_on_step_end=on_step,
+            **run,
+        )
+        hook.remove()
+        image = result.images[0]
+        tape |= {f"{k}ids": v for k, v in zip(("", "negative_"), ids, strict=False)}
+        if name in ("text", "edit_2509_two"):
+            tape["prompt_embeds"] = embeds[0]
+        for i, tokens in enumerate(packed):
+            n = run["layers"] + 1 if layered else 1
+            frames = [QwenImagePipeline._unpack_latents(part, *image.shape[-3:-1], 8)[0, :, 0]
+                      for part in tokens.chunk(n, 1)]  # fmt: skip
+            if i or "strength" in settings:  # else it is plain noise
+                tape[f"latents_{i - 1}" if i else "start"] = (torch.stack(frames) if layered else frames[0]).numpy()
+        tape["sigmas"] = pipe.scheduler.sigmas.numpy()
+        if name in ("text", "img2img", "layered"):
+            tape["image"] = image
         out.update({f"{name}/{k}": v for k, v in tape.items()})
     return out
 
@@ -581,6 +766,7 @@ FILES = {
     "qwen_references": qwen_references,
     "noise": noise,
     "pipeline": pipeline,
+    "qwen_pipeline": qwen_pipeline,
 }
 
 
