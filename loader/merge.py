@@ -11,7 +11,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from pyggml import Backend, Buffer, Context, ServerLost, Tensor, Type
+from pyggml import Buffer, BufferType, Context, ServerLost, Tensor, Type
 from pyggml.backend import check_server
 from pyggml.lib import ffi, lib
 
@@ -30,12 +30,12 @@ _PER_VALUE: Final = 16  # bytes of a value in all its forms: as read, as f32, th
 class Merged:
     """Copies of some parameters, with changes merged into them: the parameters' tensors from write() to close().
 
-    in_place: parameters that lie in memory of ours are overwritten instead, until restore(). Mapped ones are never
-    written to. OutOfMemory when there is no room for the copies.
+    copies: memory for them. in_place: parameters that lie in memory of ours are overwritten instead, until restore().
+    Mapped ones are never written to. OutOfMemory when there is no room for the copies.
     """
 
     def __init__(
-        self, weights: Weights, names: Iterable[str], checkpoint: Checkpoint, backend: Backend, in_place: bool
+        self, weights: Weights, names: Iterable[str], checkpoint: Checkpoint, copies: BufferType, in_place: bool
     ) -> None:
         self.params: dict[str, Param] = {name: weights.params[name] for name in names}
         self._infos = {name: checkpoint[name] for name in self.params}
@@ -48,7 +48,7 @@ class Merged:
         self._tensors = dict(self._originals)
         for name, t in copied.items():
             self._tensors[name] = self.context.new_tensor(t.ne, t.type, name)
-        Buffer.allocate(self.context, backend.buffer_type, weights=True, name="merged")
+        Buffer.allocate(self.context, copies, weights=True, name="merged")
 
     @property
     def n_bytes(self) -> int:

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Final
 
+import numpy as np
+
 from pyggml import Backend, Buffer, Device, Tensor
 from pyggml.lib import check_call, ffi, lib
 
@@ -19,7 +21,8 @@ Fill = Callable[[int, memoryview], None]
 
 def take(source: memoryview, at: int, memory: memoryview) -> None:
     """A `Fill`, with functools.partial, from bytes that exist."""
-    memory[:] = source[at : at + len(memory)]
+    # numpy's copy, unlike memoryview's, lets other threads run: the source may be a file that is read only now.
+    np.copyto(np.frombuffer(memory, np.uint8), np.frombuffer(source, np.uint8, len(memory), at))
 
 
 @dataclass

@@ -21,6 +21,7 @@ from . import devices
 from .devices import Place, host
 from .nn import Module
 from .split import load_split
+from .streaming import Stream, VramReport
 
 Load = Callable[..., Weights]  # load_params, or what stands in for it
 
@@ -43,7 +44,8 @@ class Component:
         if isinstance(place.backend, SplitBackend) and load is load_params:
             load = load_split
         self._name, self._options, self._loader = name, options, load
-        self._visit: Visit | None = None
+        self._visit: Visit | Stream | None = None
+        self.vram: VramReport | None = None  # of the last uses, where weights came piece by piece
         self._n_uses = 0
         self._graphs: OrderedDict[object, Graph] = OrderedDict()
         self.weights = self._load(at_backend=not place.offloads)
@@ -67,7 +69,7 @@ class Component:
                 if self.weights.closed:
                     self.weights = self._load(at_backend=True)
             elif self.place.offloads and self._visit is None:
-                self._visit = Visit(self.weights, self.backend)
+                self._visit = self._bring()
             yield self.module
 
     @contextmanager
@@ -80,6 +82,10 @@ class Component:
             self._n_uses -= 1
             if not self._n_uses and self.place.offloads:
                 self._give_back()
+
+    def stream(self, graph: Graph) -> Stream | None:
+        """What the weights of that graph come by, if they come piece by piece."""
+        return self._visit if isinstance(self._visit, Stream) and self._visit.feeds(graph) else None
 
     def graph(self, key: object, build: Callable[[], Graph], n_kept: int = 2) -> Graph:
         """The graph of that key, built when it is new; the last `n_kept` are kept while the weights stay."""
@@ -102,6 +108,20 @@ class Component:
         self.close_graphs()
         self.weights.close()
         self.checkpoint.close()
+
+    def _bring(self) -> Visit | Stream:
+        limit = self.place.max_vram
+        if isinstance(self.backend, SplitBackend) or self.backend.device.is_remote:
+            return Visit(self.weights, self.backend)
+        if limit is None:
+            free = self.backend.device.memory[0]
+            n_bytes = sum(p.tensor.n_bytes for p in self.weights.params.values() if p.loaded)
+            if n_bytes <= free - free // 4:  # the rest for what it computes with
+                return Visit(self.weights, self.backend)
+            limit = free - free // 16
+        stream = Stream(self.weights, self.backend, limit, self.vram)
+        self.vram = stream.report
+        return stream
 
     def _give_back(self) -> None:
         if self._visit is not None or self.place.rest == "disk":

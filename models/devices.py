@@ -12,10 +12,10 @@ processor.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
-from pyggml import Backend, Device, GGMLError, SplitBackend, devices
+from pyggml import Backend, BufferType, Device, GGMLError, SplitBackend, devices
 from pyggml.types import DeviceType
 
 Module = Literal["te", "diffusion", "vae"]
@@ -33,11 +33,17 @@ class Place:
     backend: Backend
     rest: Rest = "device"
     opened: tuple[Backend, ...] = ()  # by `places`, for this module and perhaps others: theirs to close who asked
+    max_vram: int | None = None  # bytes that it may take of the device's memory; None: what is free
 
     @property
     def offloads(self) -> bool:
         """True when the parameters are at the backend only while they are in use."""
         return self.rest == "disk" or (self.rest == "cpu" and not self.backend.is_cpu)
+
+    @property
+    def resting(self) -> BufferType:
+        """Memory for what rests where the parameters do."""
+        return (host() if self.offloads else self.backend).buffer_type
 
 
 def parse(text: str, option: str = "backend") -> dict[Module, str]:
@@ -97,14 +103,18 @@ def places(
     backend: Backend | str | Mapping[Module, Backend] | None = None,
     params_backend: str | None = None,
     n_threads: int | None = None,
+    max_vram: int | None = None,
 ) -> dict[Module, Place]:
     """Where each module computes and rests. One backend is opened for a device, however many modules it computes.
 
     backend: one for all, one for each module, or a text as above; None is the processor. params_backend: a text whose
     names are `cpu`, `disk`, or the device that the module computes on; modules that it leaves out rest where they
-    compute. `n_threads` is for the processor. ValueError for a text that cannot be followed. What is opened here is in
-    `Place.opened`, for the caller to close.
+    compute. `n_threads` is for the processor. `max_vram`: bytes that each module may take of its device's memory while
+    it is in use; parameters then rest on `cpu` unless they compute there. ValueError for what cannot be followed. What
+    is opened here is in `Place.opened`, for the caller to close.
     """
+    if max_vram is not None and max_vram < 1:
+        raise ValueError(f"max_vram must be a number of bytes above 0, not {max_vram}")
     rests = parse(params_backend or "auto", "params_backend")
     given: Mapping[Module, Backend] = {}
     if isinstance(backend, Backend):
@@ -125,12 +135,34 @@ def places(
         for several in {} if given else dict.fromkeys(chosen.values()):
             parts = [single[device] for device in several]
             computing[several] = SplitBackend(parts) if len(parts) > 1 else parts[0]
+        opened = tuple(dict.fromkeys([*computing.values(), *single.values()]))  # what is split before its parts
+        found = {m: Place(given[m] if given else computing[chosen[m]], rest[m], opened, max_vram) for m in MODULES}
+        if max_vram is not None:
+            found = {m: _limited(m, place, rests.get(m, "auto").lower() != "auto") for m, place in found.items()}
+            if not any(place.offloads for place in found.values()):
+                raise ValueError("max_vram: no module computes on a device with memory of its own")
     except BaseException:
         for one in (*computing.values(), *single.values()):
             one.close()
         raise
-    opened = tuple(dict.fromkeys([*computing.values(), *single.values()]))  # what is split before its parts
-    return {m: Place(given[m] if given else computing[chosen[m]], rest[m], opened) for m in MODULES}
+    return found
+
+
+def _limited(module: Module, place: Place, is_explicit: bool) -> Place:
+    """With parameters that can come to the device piece by piece."""
+    if place.backend.is_cpu:
+        return place
+    if isinstance(place.backend, SplitBackend):
+        raise ValueError(f"max_vram: {module} computes on several devices: let it compute on one")
+    if place.backend.device.is_remote:
+        raise ValueError(
+            f"max_vram: {module} computes on {place.backend.device.name}, to which weights would go over the network "
+            "in each pass: let it compute on a device of this machine"
+        )
+    if place.rest == "disk" or (place.rest == "device" and is_explicit):
+        where = "disk" if place.rest == "disk" else place.backend.device.name
+        raise ValueError(f"max_vram: parameters of {module} have to rest on cpu, not on {where}")
+    return replace(place, rest="cpu")
 
 
 def _rest(name: str, module: Module, computing: tuple[Device, ...]) -> Rest:

@@ -33,7 +33,7 @@ from loader.lora import Change, Float32, LoraFile, LoraReport, Place, add_rows, 
 from loader.merge import Merged
 from loader.options import LoadOptions
 from loader.params import Param, Weights, load_params
-from pyggml import Backend, Buffer, Context, Graph, Tensor, Type, ops
+from pyggml import Backend, Buffer, BufferType, Context, Graph, Tensor, Type, ops
 
 from .nn import Linear, Module, find, on_cpu
 
@@ -176,7 +176,8 @@ class RuntimeDelta:
 class Target:
     """A component that LoRAs can change: its network, its weights, the file they came from, where it computes.
 
-    options: how the factors come to rest, which should be as the weights did.
+    copies: memory for copies of weights, which is where they rest. options: how the factors come to rest, which should
+    be as the weights did.
     """
 
     module: Module
@@ -184,6 +185,7 @@ class Target:
     checkpoint: Checkpoint
     backend: Backend
     naming: Naming
+    copies: BufferType
     options: LoadOptions | None = None
 
 
@@ -407,7 +409,7 @@ class Loras:
             target = self.targets[role]
             if role not in self._merged:
                 in_place = self.modes[role] == "immediately"
-                self._merged[role] = Merged(target.weights, changes, target.checkpoint, target.backend, in_place)
+                self._merged[role] = Merged(target.weights, changes, target.checkpoint, target.copies, in_place)
             self._merged[role].write(changes, check)
 
 

@@ -10,6 +10,8 @@ from typing import Any
 
 from loader.params import LoadReport
 
+from .streaming import VramReport
+
 
 @dataclass(frozen=True)
 class Memory:
@@ -51,6 +53,8 @@ class Report:
     # "decode", "encode_image" -> height and width in latent pixels of the tiles it was done in; else absent
     tiles: dict[str, tuple[int, int]] = field(default_factory=dict)
     loras: list[dict[str, Any]] = field(default_factory=list)  # as models.lora.Loras.report has them
+    # component -> what it took of a device's memory, where its weights came piece by piece (models.streaming)
+    vram: dict[str, VramReport] = field(default_factory=dict)
     residency: Any = None  # a ResidencyReport: what was done about memory
 
     @contextmanager

@@ -123,7 +123,7 @@ class Pipeline(ABC):
         self._tiles: dict[str, tuple[int, int]] = {}
         named = {"text_encoder": text_encoder, "transformer": transformer}
         targets = {
-            name: Target(c.module, c.weights, c.checkpoint, c.backend, c.module.naming, c.options)
+            name: Target(c.module, c.weights, c.checkpoint, c.backend, c.module.naming, c.place.resting, c.options)
             for name, c in named.items()
         }
         self.loras = Loras(targets, lora_apply_mode, self._drop_graphs)
@@ -487,6 +487,8 @@ class Pipeline(ABC):
         self._check_unchanged()
         self._tiles = {}
         self.residency.begin()
+        for component in self.components():
+            component.vram = None
         report = Report(residency=self.residency.report)
         report.loras = self.loras.report()
         tell = progress or (lambda phase, done, total: None)
@@ -560,6 +562,7 @@ class Pipeline(ABC):
             images.append(made)
         report.tiles = self._tiles
         self._check_unchanged()
+        report.vram = {c.weights.report.component: c.vram for c in self.components() if c.vram}
         report.components = {c.weights.report.component: c.weights.report for c in self.components()}
         return Result(images, [seed + i for i in range(num_images_per_prompt)], report)
 
@@ -591,15 +594,23 @@ class Pipeline(ABC):
 
     def _compute(self, stage: str, graph: Graph, **inputs: Any) -> dict[str, Any]:
         """Graph.compute; Cancelled when asked to stop, NonFinite naming the stage when a result is not finite."""
+        stream = next(filter(None, (component.stream(graph) for component in self.components())), None)
+        if stream is not None:
+            stream.prepare(graph)
         graph.set(**inputs)
         self._check_cancelled()  # right before the backend, which from here on is stopped within one operation
-        self.residency.run(graph, stage.partition(" at ")[0])
+        if stream is not None:
+            stream.run(graph)
+        else:
+            self.residency.run(graph, stage.partition(" at ")[0])
         self._check_cancelled()
         outputs = {name: tensor.numpy() for name, tensor in graph.outputs.items()}
         for array in outputs.values():
             if n_bad := array.size - int(np.isfinite(array).sum()):
                 self._check_unchanged()
-                bad = f"; the first bad operation is {first_bad_op(graph)}" if self.find_bad_op else ""
+                bad = f"; the first bad operation is {first_bad_op(graph)}" if self.find_bad_op and not stream else ""
+                if self.find_bad_op and stream:
+                    bad = "; the first bad operation cannot be looked for where weights come piece by piece"
                 raise NonFinite(f"{stage}: {n_bad} of {array.size} values are not finite{bad}")
         return outputs
 

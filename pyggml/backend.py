@@ -269,6 +269,11 @@ class Backend(Handle):
         """
         lib.pyggml_set_flag(self.cancel_flag, 1)
 
+    @property
+    def is_cancelled(self) -> bool:
+        """Whether `cancel` was called since the last computation began."""
+        return bool(self.cancel_flag[0])
+
     def check(self) -> None:
         """ServerLost when it computes on an RPC server that is gone."""
         self.device.check()

@@ -299,7 +299,7 @@ class Graph(Context):
         """`run` in pieces: nodes up to `ends[0]`, up to `ends[1]`, ... and the rest; before(i) is called before each.
 
         Results are those of `run` unless a piece ends between operations that ggml fuses. GGMLError when `ends` do not
-        ascend, or leave the graph.
+        ascend, or leave the graph. Cancelled also between pieces, where the backend itself cannot be stopped.
         """
         if isinstance(self.backend, SplitBackend):
             raise GGMLError(f"{self.backend!r} computes whole graphs, no pieces")
@@ -310,6 +310,8 @@ class Graph(Context):
             raise GGMLError(f"pieces of a graph of {n} nodes cannot end at {list(ends)}")
         for i, (first, end) in enumerate(pairwise(edges)):
             before(i)
+            if self.backend.is_cancelled:
+                raise Cancelled("the computation was cancelled")
             self._run(lib.pyggml_compute_nodes, self.graph_ptr, first, end)
 
     def _begin(self) -> None:

@@ -130,6 +130,8 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
                        help="what computes te, diffusion and vae, a name of --list-devices")  # fmt: skip
     where.add_argument("--params-backend", metavar="NAME|MODULE=NAME,...",
                        help="where weights rest: cpu, disk, or (default) where they are used")  # fmt: skip
+    where.add_argument("--max-vram", type=_size, metavar="SIZE", help="memory of a device to stay within, such as 4G: "
+                       "weights rest on the cpu, and come as they are needed")  # fmt: skip
     where.add_argument("--offload-to-cpu", action="store_true", help="--params-backend cpu")
     where.add_argument("--clip-on-cpu", action="store_true", help="te=cpu")
     where.add_argument("--vae-on-cpu", action="store_true", help="vae=cpu")

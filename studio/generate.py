@@ -58,7 +58,7 @@ def generate(args: argparse.Namespace) -> int:
     load: dict[str, Any] = {
         "backend": backend, "params_backend": params_backend, "n_threads": args.threads, "options": options,
         "compat": args.compat, "encoder": bool(args.init_img or args.ref_image),
-        "lora_apply_mode": args.lora_apply_mode, "memory_limit": args.max_ram, **of_family,
+        "lora_apply_mode": args.lora_apply_mode, "memory_limit": args.max_ram, "max_vram": args.max_vram, **of_family,
     }  # fmt: skip
     shape: dict[str, Any] = {
         "negative_prompt": args.negative_prompt, "width": width, "height": height,

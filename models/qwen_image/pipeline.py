@@ -86,7 +86,7 @@ class QwenImagePipeline(Pipeline):
         n_threads: int | None = None, options: LoadOptions | None = None, compat: Compat = "diffusers",
         variant: Variant | None = None, grid_positions: bool = False, tokenizer: Tokenizer | None = None,
         encoder: bool = False, lora_apply_mode: ApplyMode = "auto", memory_limit: int | None = None,
-        load: Load = load_params,
+        max_vram: int | None = None, load: Load = load_params,
     ) -> QwenImagePipeline:  # fmt: skip
         """Load from files (or diffusers folders). `encoder`: also what reads pictures, for img2img, editing and layers:
         the other half of the autoencoder and the vision tower, which is that of `llm_vision` or lies in `llm`.
@@ -101,7 +101,7 @@ class QwenImagePipeline(Pipeline):
             raise ValueError(f"compat is 'diffusers' or 'sd.cpp', not {compat!r}")
         if variant not in (None, "edit", "2509", "2511"):
             raise ValueError(f"variant is 'edit', '2509' or '2511', not {variant!r}")
-        place = places(backend, params_backend, n_threads)
+        place = places(backend, params_backend, n_threads, max_vram)
         with opening(place) as parts:
             parts.append(open_text_encoder(llm, place["te"], options=options, load=load))
             zero = None if variant is None else variant == "2511"

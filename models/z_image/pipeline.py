@@ -58,7 +58,7 @@ class ZImagePipeline(Pipeline):
         backend: Backend | str | Mapping[Module, Backend] | None = None, params_backend: str | None = None,
         n_threads: int | None = None, options: LoadOptions | None = None, compat: Compat = "diffusers",
         tokenizer: Tokenizer | None = None, encoder: bool = False, lora_apply_mode: ApplyMode = "auto",
-        memory_limit: int | None = None, load: Load = load_params,
+        memory_limit: int | None = None, max_vram: int | None = None, load: Load = load_params,
     ) -> ZImagePipeline:  # fmt: skip
         """Load from three files (or diffusers folders). `encoder`: also the half of the autoencoder that img2img needs.
         `lora_apply_mode`: "auto", "at_runtime" or "immediately", see models.lora.
@@ -71,12 +71,13 @@ class ZImagePipeline(Pipeline):
         copied has no room.
 
         `memory_limit`: bytes that weights and the process's own memory may take, beside what the system allows; see
-        models.residency for what is done when weights do not fit. `load`: models.prediction.stand_in makes a pipeline
-        that only says what it would do, by `phases`.
+        models.residency for what is done when weights do not fit. `max_vram`: bytes of a device's memory that a module
+        may take while it is in use, its parameters resting on the host; see models.streaming. `load`:
+        models.prediction.stand_in makes a pipeline that only says what it would do, by `phases`.
         """
         if compat not in ("diffusers", "sd.cpp"):
             raise ValueError(f"compat is 'diffusers' or 'sd.cpp', not {compat!r}")
-        place = places(backend, params_backend, n_threads)
+        place = places(backend, params_backend, n_threads, max_vram)
         with opening(place) as parts:
             parts.append(open_text_encoder(llm, place["te"], options=options, load=load))
             dit_place = place["diffusion"]
