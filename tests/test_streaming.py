@@ -290,7 +290,8 @@ def test_cancelling_while_an_upload_is_waited_for(tight: Any, monkeypatch: pytes
         pipe.cancel()
 
     def close(self: _Feeder) -> None:
-        released.set()  # only now: nothing waits for that upload any more
+        if reached.is_set():
+            released.set()  # only now: nothing waits for that upload any more
         close_feeder(self)
 
     close_feeder = _Feeder.close
