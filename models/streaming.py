@@ -322,7 +322,7 @@ class Stream:
                     numbers[number] = None
                     if root != tensor:
                         views[_number(tensor)] = tensor
-            if numbers:
+            if numbers and _number(node.view_src) not in self._numbers:  # what makes a view of a weight reads nothing
                 uses.append((i, tuple(numbers)))
         return _Known(uses, list(views.values()), graph.measure()[0])
 

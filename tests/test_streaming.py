@@ -342,24 +342,25 @@ def test_tiles_of_a_decoder_that_is_streamed(files: Files, device: Backend, capl
 def test_views_of_weights_follow_them(device: Backend, tmp_path: Path) -> None:
     """One graph under one limit after another, which put weights elsewhere. What it reads are halves of them."""
     rng = np.random.default_rng(2)
-    values = {f"w{i}": rng.standard_normal((64, 64), np.float32) / 8 for i in range(6)}
+    side = 256  # weights of a size that is worth cutting a graph for
+    values = {f"w{i}": rng.standard_normal((side, side), np.float32) / 16 for i in range(6)}
     save_file({name: np.ascontiguousarray(w) for name, w in values.items()}, path := tmp_path / "w.safetensors")
-    x = rng.standard_normal((3, 64), np.float32)
+    x = rng.standard_normal((3, side), np.float32)
     with open_checkpoint(path) as checkpoint:
-        params = {name: Param((64, 64)) for name in values}
+        params = {name: Param((side, side)) for name in values}
         weights = load_params(params, checkpoint, backend=device, component="t")
     stream = Stream(weights, device, 1 << 30)
     with weights, Graph(device) as graph:
-        y = graph.input((64, 3), name="x")
+        y = graph.input((side, 3), name="x")
         expected = x
         for name, w in values.items():
-            half = ops.mul_mat(ops.narrow(graph.use(params[name].tensor), 1, 32, 32), y)
+            half = ops.mul_mat(ops.narrow(graph.use(params[name].tensor), 1, side // 2, side // 2), y)
             y = ops.concat(half, half, dim=0)
-            expected = np.tile(expected @ w[32:].T, 2)
+            expected = np.tile(expected @ w[side // 2 :].T, 2)
         graph.output(y, name="y")
         compute = graph.measure()[0]
         for share in (6, 4, 3, 6, 4):
-            stream.limit = compute + share * 64 * 64 * 4
+            stream.limit = compute + share * side * side * 4
             stream.prepare(graph)
             graph.set(x=x)
             stream.run(graph)
