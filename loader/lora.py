@@ -201,9 +201,10 @@ class LoraFile:
             self.groups.setdefault(match["module"], {}).setdefault(part, []).append(info)
 
     def match(
-        self, names: Names, shapes: Shapes, unused: Mapping[str, str]
+        self, names: Names, shapes: Shapes, unused: Mapping[str, str], *, values: bool = True
     ) -> tuple[dict[str, list[Change]], LoraReport]:
-        """What the file changes: role -> changes, and the report. All of it is checked, all values are read once.
+        """What the file changes: role -> changes, and the report. All of it is checked, all values are read once; or
+        none but numbers (alpha), where `values` is False.
 
         names, shapes: of the model's components. unused: role -> regex for names, with underscores and without
         prefixes, of parts that the model has but does not compute. Raises LoadError when no key belongs to the model,
@@ -231,7 +232,8 @@ class LoraFile:
         for module, role, places in found:
             parts = self._single(module)
             for which, delta in self._deltas(module, parts, report.warnings):
-                self._check_finite(delta)
+                if values:
+                    self._check_finite(delta)
                 changes.setdefault(role, []).extend(self._place(delta, which, places, shapes[role]))
             applied[role] += len(parts)
         for role, listed in changes.items():

@@ -20,7 +20,7 @@ from .convert import STAGING, encode, is_same, scaled_float32
 from .errors import LoadError
 from .lora import Change, add_rows
 from .mapped import TensorInfo
-from .params import Param, Weights
+from .params import LoadReport, Param, Weights
 
 Changes = Mapping[str, Sequence[tuple[Change, float]]]
 
@@ -42,18 +42,27 @@ class Merged:
         self._originals = {name: param.tensor for name, param in self.params.items()}
         for name, tensor in self._originals.items():
             _check_type(tensor.type, self._infos[name])
-        self._in_place = [name for name, t in self._originals.items() if in_place and not _is_read_only(t)]
+        self._in_place = [name for name, t in self._originals.items() if in_place and not self._is_read_only(t)]
         copied = {name: t for name, t in self._originals.items() if name not in self._in_place}
         self.context = Context(max(len(copied), 1))
         self._tensors = dict(self._originals)
         for name, t in copied.items():
             self._tensors[name] = self.context.new_tensor(t.ne, t.type, name)
-        Buffer.allocate(self.context, copies, weights=True, name="merged")
+        self._allocate(copies)
 
     @property
     def n_bytes(self) -> int:
         """Bytes of the copies."""
         return sum(t.n_bytes for name, t in self._tensors.items() if name not in self._in_place)
+
+    @property
+    def report(self) -> LoadReport:
+        """As of weights that were loaded: the copies."""
+        n = len(self.params) - len(self._in_place)
+        return LoadReport(
+            component="merged", n_tensors=n, n_mapped=0, mapped_bytes=0, n_mapped_files=0, n_copied=n, n_converted=n,
+            allocated_bytes=self.n_bytes, read_bytes=0, seconds=0.0,
+        )  # fmt: skip
 
     def write(self, changes: Changes, check: Callable[[int, int], None] = lambda done, total: None) -> None:
         """Give each parameter its file's values plus weight * delta for each of its changes.
@@ -69,6 +78,12 @@ class Merged:
                 done += n
                 check(done, total)
             param.tensor = self._tensors[name]
+
+    def _is_read_only(self, tensor: Tensor) -> bool:
+        return any(b.read_only and b.ptr == tensor.ptr.buffer for b in tensor.ctx.buffers)
+
+    def _allocate(self, memory: BufferType) -> None:
+        Buffer.allocate(self.context, memory, weights=True, name="merged")
 
     def _fill(self, name: str, changes: Sequence[tuple[Change, float]]) -> Iterable[int]:
         """Write a tensor; yields bytes."""
@@ -143,7 +158,3 @@ def _check_type(type: Type, info: TensorInfo) -> None:
         raise LoadError(f"{type.name} cannot be written without an importance matrix, so that nothing can be merged",
                         kind="Unsupported", path=info.file.path, tensor=info.name_in_file,
                         hint="at_runtime needs no merging")  # fmt: skip
-
-
-def _is_read_only(tensor: Tensor) -> bool:
-    return any(b.read_only and b.ptr == tensor.ptr.buffer for b in tensor.ctx.buffers)

@@ -22,7 +22,7 @@ import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import numpy as np
 
@@ -36,6 +36,7 @@ from loader.params import Param, Weights, load_params
 from pyggml import Backend, Buffer, BufferType, Context, Graph, Tensor, Type, ops
 
 from .nn import Linear, Module, find, on_cpu
+from .prediction import MergedStandIn, StandIn, stand_in
 
 log = logging.getLogger("pyggml.models")
 
@@ -188,6 +189,11 @@ class Target:
     copies: BufferType
     options: LoadOptions | None = None
 
+    @property
+    def is_stand_in(self) -> bool:
+        """Whether this is only about what would be done: values are neither read nor made then."""
+        return isinstance(self.weights, StandIn)
+
 
 class _OnBackend:
     """The factors of one LoRA's matrices for one component, where that computes, and a scale for each of them."""
@@ -197,9 +203,8 @@ class _OnBackend:
         infos = {f"{i}.{part}": info for i, c in enumerate(changes) for part, info in c.delta.parts.items()}
         self.params = {key: _param(info) for key, info in infos.items()}
         checkpoint = Checkpoint(file.path, file.checkpoint.format, infos, files=file.checkpoint.files)
-        self.weights = load_params(
-            self.params, checkpoint, backend=target.backend, component=name, options=target.options
-        )
+        load = stand_in if target.is_stand_in else load_params
+        self.weights = load(self.params, checkpoint, backend=target.backend, component=name, options=target.options)
         self.context = Context(len(changes))
         self.scales = [self.context.new_tensor((1,), Type.F32, f"scale {i}") for i in range(len(changes))]
         Buffer.allocate(self.context, target.backend.buffer_type)
@@ -235,7 +240,8 @@ class Lora:
             names = {role: t.naming.table(t.weights.params) for role, t in targets.items()}
             shapes = {role: {name: p.ne for name, p in t.weights.params.items()} for role, t in targets.items()}
             unused = {role: t.naming.unused for role, t in targets.items()}
-            self.changes, self.report = self.file.match(names, shapes, unused)
+            values = not any(t.is_stand_in for t in targets.values())
+            self.changes, self.report = self.file.match(names, shapes, unused, values=values)
         except BaseException:
             self.file.close()
             raise
@@ -260,6 +266,16 @@ class Lora:
             part.close()
         self.on_backend.clear()
         self.file.close()
+
+
+class Held(NamedTuple):
+    """What LoRAs hold in memory, or would: factors of one for a component, or copies that several are merged into."""
+
+    role: str
+    paths: tuple[str, ...]
+    what: Weights | Merged
+    on_host: bool
+    device: str
 
 
 class Loras:
@@ -354,6 +370,21 @@ class Loras:
             })  # fmt: skip
         return result
 
+    def held(self) -> list[Held]:
+        """What the active LoRAs hold in memory, or would."""
+        found = []
+        for name in self.active:
+            for role, part in self.loaded[name].on_backend.items():
+                backend = self.targets[role].backend
+                path = self.loaded[name].file.path
+                found.append(Held(role, (path,), part.weights, backend.is_cpu, backend.device.name))
+        for role, merged in self._merged.items():
+            paths = tuple(self.loaded[name].file.path for name in self.active if role in self.loaded[name].changes)
+            on_host = self.targets[role].copies.is_host
+            device = "CPU" if on_host else self.targets[role].backend.device.name
+            found.append(Held(role, paths, merged, on_host, device))
+        return found
+
     def file_changed(self) -> str | None:
         """Which file of an active LoRA changed since it was opened, and how."""
         return next(filter(None, (self.loaded[name].file.checkpoint.changed() for name in self.active)), None)
@@ -409,9 +440,9 @@ class Loras:
             target = self.targets[role]
             if role not in self._merged:
                 in_place = self.modes[role] == "immediately"
-                self._merged[role] = Merged(target.weights, changes, target.checkpoint, target.copies, in_place)
+                make = MergedStandIn if target.is_stand_in else Merged
+                self._merged[role] = make(target.weights, changes, target.checkpoint, target.copies, in_place)
             self._merged[role].write(changes, check)
-
 
     def _unmerge(self, role: str) -> None:
         if role in self._merged:

@@ -6,15 +6,16 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from loader.checkpoint import Checkpoint
+from loader.merge import Changes, Merged
 from loader.options import LoadOptions
 from loader.params import LoadReport, Param, Weights
 from loader.placement import Plan, device_of, plan_params
-from pyggml import Backend, Buffer, BufferType, Context, Graph
+from pyggml import Backend, Buffer, BufferType, Context, Graph, Tensor
 from pyggml.lib import ffi
 
 from .residency import Policy, Span, Use, margin, spans_of, uses_of
@@ -70,6 +71,25 @@ def stand_in(
     options = LoadOptions.from_environment() if options is None else options
     plan = plan_params(wanted, checkpoint, device=device, buffer_type=buffer_type, component=component, options=options)
     return StandIn(plan, params, device.name, locked=options.mlock)
+
+
+class MergedStandIn(Merged):
+    """Merged over stand-ins: the same copies, without memory or values."""
+
+    def write(self, changes: Changes, check: Callable[[int, int], None] = lambda done, total: None) -> None:
+        for name, param in self.params.items():
+            param.tensor = self._tensors[name]
+
+    def restore(self) -> None:
+        return
+
+    def _is_read_only(self, tensor: Tensor) -> bool:
+        return int(ffi.cast("uintptr_t", tensor.ptr.data)) != _OWNED
+
+    def _allocate(self, memory: BufferType) -> None:
+        for tensor in self.context.tensors():
+            tensor.ptr.data = ffi.cast("void *", _OWNED)
+        self.context.buffers.append(Buffer.__new__(Buffer))
 
 
 @dataclass(frozen=True)

@@ -66,7 +66,7 @@ def generate(args: argparse.Namespace) -> int:
         "reference_images": args.ref_image, "layers": args.layers,
     }  # fmt: skip
     if args.dry_run:
-        _show_plan(args, prompt, files, load, shape, tile if args.vae_tiling else None)
+        _show_plan(args, prompt, files, load, shape, wanted_loras, tile if args.vae_tiling else None)
         return 0
 
     start = time.perf_counter()
@@ -96,8 +96,7 @@ def generate(args: argparse.Namespace) -> int:
             if wanted_loras:
                 reports = pipe.set_loras(wanted_loras, progress=bars)
                 before["lora"] = time.perf_counter() - start - loaded
-                if not args.verbose:  # else the log says it
-                    _warn_of_keys(reports)
+                _warn_of_keys(reports, args)
             predicted = _predict(pipe, args, prompt, shape).to_dict() if report else None
             result = pipe(
                 prompt, **shape, num_inference_steps=args.steps, sigmas=sigmas, scheduler=args.scheduler, shift=shift,
@@ -114,9 +113,9 @@ def generate(args: argparse.Namespace) -> int:
     return 0
 
 
-def _warn_of_keys(reports: Sequence[LoraReport]) -> None:
+def _warn_of_keys(reports: Sequence[LoraReport], args: argparse.Namespace) -> None:
     for report in reports:
-        if report.unknown or report.warnings:
+        if (report.unknown or report.warnings) and not args.verbose:  # else the log says it
             print("warning: " + "; ".join([report.sentence(), *report.warnings]), file=sys.stderr)
 
 
@@ -128,7 +127,7 @@ def _predict(pipe: Any, args: argparse.Namespace, prompt: str, shape: Mapping[st
 
 def _show_plan(
     args: argparse.Namespace, prompt: str, files: Sequence[str], load: Mapping[str, Any], shape: Mapping[str, Any],
-    tile: tuple[int, int] | None,
+    wanted_loras: Sequence[tuple[str, float]], tile: tuple[int, int] | None,
 ) -> None:  # fmt: skip
     import models
     from models.prediction import stand_in
@@ -137,6 +136,8 @@ def _show_plan(
 
     with models.load(*files, **load, load=stand_in) as pipe:
         pipe.vae_tile = tile
+        if wanted_loras:
+            _warn_of_keys(pipe.set_loras(wanted_loras), args)
         side = pipe.size(*(shape[name] for name in ("width", "height", "reference_images")))
         threads = pipe.transformer.backend.n_threads
         heading = f"{side[0]}x{side[1]}, {threads} thread{'s' * (threads != 1)}"

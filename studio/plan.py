@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from models.lora import Held
     from models.pipeline import Pipeline
     from models.prediction import Prediction, StandIn
 
@@ -20,23 +21,26 @@ _NAMES = {
 def predict_run(pipe: Pipeline, prompt: str, **options: Any) -> Prediction:
     """What pipe(prompt, **options) will take; `pipe` may be one of stand-ins. Options as Pipeline.phases."""
     from models.memory import Memory
-    from models.prediction import StandIn, predict
+    from models.prediction import MergedStandIn, StandIn, predict
     from models.room import Room, free_memory
 
     phases = pipe.phases(prompt, **options)
     parts = pipe.components()
     now, room = Memory.now(), free_memory()
     there = locked = to_come = 0  # copies that are in memory already; what a load would still lock, and copy
-    for part in parts:
-        report, on_host = part.weights.report, part.backend.is_cpu
-        if isinstance(part.weights, StandIn):
+    held = pipe.loras.held()
+    for what, on_host in [*((p.weights, p.backend.is_cpu) for p in parts), *((h.what, h.on_host) for h in held)]:
+        report = what.report
+        if isinstance(what, StandIn | MergedStandIn):
             to_come += report.allocated_bytes if on_host else 0
             locked += report.mapped_bytes if report.locked_bytes else 0
         elif on_host:
             there += report.allocated_bytes
+    # Mapped factors of LoRAs stay once they have been used.
+    factors = sum(h.what.report.mapped_bytes for h in held if not h.what.report.locked_bytes)
     return predict(
         phases, mapped=sum(part.weights.report.mapped_bytes for part in parts if not part.weights.report.locked_bytes),
-        copied=there + to_come, private=now.anonymous - there, from_files=now.file_backed + locked,
+        copied=there + to_come, private=now.anonymous - there, from_files=now.file_backed + locked + factors,
         room=Room(max(0, room.n_bytes + there - locked), room.source), limit=pipe.residency.limit,
     )  # fmt: skip
 
@@ -47,6 +51,7 @@ def show(pipe: Pipeline, prediction: Prediction, heading: str, as_json: bool) ->
 
     parts = [c for c in pipe.components() if isinstance(c.weights, StandIn)]
     components = [_component(c.weights, c.checkpoint.path) for c in parts if isinstance(c.weights, StandIn)]
+    components += [_of_loras(held) for held in pipe.loras.held()]
     if as_json:
         print(json.dumps({"components": components, **prediction.to_dict()}, indent=1, ensure_ascii=False))
     else:
@@ -62,9 +67,23 @@ def _component(weights: StandIn, path: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _of_loras(held: Held) -> dict[str, Any]:
+    """The factors of a LoRA beside a component's weights, or the copies of these that LoRAs are merged into."""
+    from models.prediction import StandIn
+
+    role = held.role.replace("_", " ")
+    if isinstance(held.what, StandIn):
+        return _component(held.what, held.paths[0]) | {"component": f"LoRA, {role}"}
+    report, n = held.what.report, len(held.paths)
+    return {
+        "component": f"merged, {role}", "path": held.paths[0] if n == 1 else f"{n} LoRAs", "tensors": report.n_tensors,
+        "bytes": {"map": 0, "merge": report.allocated_bytes}, "device": held.device, "reasons": {},
+    }  # fmt: skip
+
+
 def _components_table(components: Sequence[dict[str, Any]]) -> list[str]:
     copies = list(dict.fromkeys(action for c in components for action in c["bytes"] if action != "map"))
-    words = {"copy": "copied", "convert": "converted", "repack": "repacked"}
+    words = {"copy": "copied", "convert": "converted", "repack": "repacked", "merge": "merged"}
     rows = [["weights", "file", "tensors", "mapped", *(words.get(action, action) for action in copies), "on"]]
     for c in components:
         sizes = [shown(c["bytes"].get(action, 0)) for action in ("map", *copies)]

@@ -14,12 +14,16 @@ import pytest
 from safetensors.numpy import save_file
 
 import models
+from loader.checkpoint import open_checkpoint
+from loader.lora import LoraFile
+from loader.merge import Merged
 from models.prediction import Phase, predict, stand_in
 from models.residency import Use
 from models.room import Room
 from pyggml import ClosedError
 from studio.cli import main
 from studio.generate import DEMO
+from studio.plan import shown
 
 MB = 1 << 20
 LLM, VAE = DEMO / "qwen3_demo.gguf", DEMO / "ae_demo.safetensors"
@@ -107,6 +111,72 @@ def test_a_larger_models_peak_is_predicted_and_kept_within_a_limit(tmp_path: Pat
     assert stream["kept"] + stream["per_pass"] == stream["weights"] == tight["predicted"]["phases"][2]["weights"]
     assert tight["predicted"]["phases"][2]["per_pass"] == pytest.approx(stream["per_pass"], rel=0.1)
     assert tight["predicted"]["room_source"] == tight["residency"]["room_source"] == "the limit that was set"
+
+
+@pytest.fixture(scope="module")
+def lora(large: Path) -> Path:
+    """For the matrices of all blocks, of rank 128 and f32: 72 MB."""
+    tensors = {}
+    with open_checkpoint(large) as checkpoint:
+        for name, info in checkpoint.items():
+            if name.startswith(("layers.", "noise_refiner.", "context_refiner.")) and min(info.shape) >= 1024:
+                (n_out, n_in), module = info.shape, f"diffusion_model.{name.removesuffix('.weight')}"
+                tensors[f"{module}.lora_A.weight"] = np.full((128, n_in), 1e-3, np.float32)
+                tensors[f"{module}.lora_B.weight"] = np.full((n_out, 128), 1e-3, np.float32)
+    path = large.parent / "style.safetensors"
+    save_file(tensors, path)
+    return path
+
+
+@linux
+@pytest.mark.parametrize("mode", ["at_runtime", "immediately"])
+def test_loras_are_in_the_prediction(tmp_path: Path, large: Path, lora: Path, mode: str) -> None:
+    plain = run(tmp_path, *files(large))
+    report = run(tmp_path, *files(large), "--lora", f"{lora}:0.5", "--lora-apply-mode", mode)
+    assert report["png"] != plain["png"]
+    assert abs(off(report)) < 0.1, report["predicted"]
+    assert report["predicted"]["private_peak"] == pytest.approx(report["anonymous_peak"], rel=0.1)
+    growth = {name: report[part][name] - plain[part][name] for part, name in
+              (("memory", "peak_rss"), ("predicted", "peak_rss"), ("predicted", "private_peak"))}  # fmt: skip
+    bytes_of = "private_peak" if mode == "immediately" else "peak_rss"
+    assert growth[bytes_of] > (150 if mode == "immediately" else 60) * MB
+
+
+@pytest.mark.parametrize("way", ["--lora", "in the prompt"])
+@pytest.mark.parametrize("mode", ["at_runtime", "immediately"])
+def test_a_plan_counts_loras(
+    capsys: pytest.CaptureFixture[str], large: Path, lora: Path, way: str, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompt, options = "a red circle", ["--lora", f"{lora}:0.5"]
+    if way != "--lora":
+        prompt, options = f"{prompt} <lora:style:0.5>", ["--lora-model-dir", str(lora.parent)]
+    options += ["--lora-apply-mode", mode]
+    monkeypatch.setattr(LoraFile, "_check_finite", None)  # headers are enough
+    monkeypatch.setattr(Merged, "_fill", None)
+    plans = []
+    for more in ([], options, [*options, "--max-ram", "350M"]):
+        assert main(["plan", prompt if more else "a red circle", *files(large), *more, "--json"]) == 0
+        plans.append(json.loads(capsys.readouterr().out))
+    plain, plan, tight = plans
+    assert plain["components"] == plan["components"][:3] and len(plan["components"]) == 4
+    added = plan["components"][3]
+    assert added["path"] == str(lora) and added["device"] == "CPU"
+    with open_checkpoint(lora) as checkpoint:
+        size, modules = sum(info.n_bytes for info in checkpoint.values()), len(checkpoint) // 2
+    if mode == "at_runtime":
+        assert (added["component"], added["tensors"]) == ("LoRA, transformer", 2 * modules)
+        assert added["bytes"] == {"map": size}
+        assert plan["peak_rss"] - plain["peak_rss"] == pytest.approx(size, rel=0.1)
+        assert tight["fits"]
+    else:
+        copies = added["bytes"]["merge"]
+        assert (added["component"], added["tensors"], added["bytes"]["map"]) == ("merged, transformer", modules, 0)
+        assert 0.8 * large.stat().st_size < copies < large.stat().st_size
+        assert plan["private_peak"] - plain["private_peak"] == pytest.approx(copies, rel=0.1)
+    assert main(["plan", prompt, *files(large), *options]) == 0
+    text = capsys.readouterr().out
+    line = next(line for line in text.splitlines() if line.startswith(added["component"]))
+    assert "style.safetensors" in line and shown(max(added["bytes"].values())) in line
 
 
 @linux
