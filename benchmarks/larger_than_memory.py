@@ -6,8 +6,8 @@
 Two processes draw the same picture, one step of the one after one step of the other: what a neighbour on the machine
 does to steps, it does to both. One is in a memory cgroup, v1 or v2, that is made for it (this needs root) with a share
 of the diffusion model's file as its limit: --limit, 0.5 unless said. Pages that the other has read are not counted
-there, so it draws from a copy of that file (--copy, a folder; beside the file unless said). It begins with an empty
-page cache, the other with a warm one. Prints a table and one JSON line.
+there, and not given back, so it draws from copies of the files (in the folder --copy; beside the diffusion model unless
+said). It begins with an empty page cache, the other with a warm one. Prints a table and one JSON line.
 
 Rows: seconds of a step (median, without the first), and of what each limited step took of the one before it; bytes read
 and major faults of the computing threads in a step, the disk's rate while nothing computes, the time in a step that was
@@ -32,6 +32,7 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
+FILES = ("dit", "llm", "vae")
 PROMPT = "a photo of a red fox in the snow, early morning light, film grain"
 
 
@@ -130,13 +131,13 @@ class Run:
         raise SystemExit(f"a run ended with {self.process.wait()}")
 
 
-def both(settings: dict[str, Any], copy: str, limit: int) -> tuple[dict[str, Any], dict[str, Any]]:
+def both(settings: dict[str, Any], copies: dict[str, str], limit: int) -> tuple[dict[str, Any], dict[str, Any]]:
     """Figures of a run without a limit, and of one with it, which draw in turn."""
     drop_caches()
     with Cgroup(limit) as group:
-        limited = Run(settings | {"dit": copy}, group)
-        for file in (settings["llm"], settings["vae"], settings["dit"]):
-            with open(file, "rb", buffering=0) as data:
+        limited = Run(settings | copies, group)
+        for key in FILES:
+            with open(settings[key], "rb", buffering=0) as data:
                 while data.read(1 << 24):
                     pass
         free = Run(settings)
@@ -184,7 +185,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--limit", type=float, default=0.5, help="of the diffusion model's size")
-    parser.add_argument("--copy", metavar="FOLDER", help="where the copy of the diffusion model is kept meanwhile")
+    parser.add_argument("--copy", metavar="FOLDER", help="where copies of the files are kept meanwhile")
     args = parser.parse_args()
     results: dict[str, Any] = {"size": args.size, "steps": args.steps, "threads": args.threads}
     print(f"{args.size}x{args.size}, {args.threads} threads, {args.rounds} rounds of {args.steps} steps, medians")
@@ -195,11 +196,14 @@ def main() -> None:
         limit = int(os.path.getsize(path) * args.limit)
         free, limited, rates = [], [], []
         with tempfile.TemporaryDirectory(dir=args.copy or os.path.dirname(settings["dit"])) as folder:
-            copy = shutil.copy(path, folder)
+            copies = {}
+            for key in FILES:
+                copies[key] = os.path.join(folder, key + os.path.splitext(settings[key])[1])
+                shutil.copyfile(settings[key], copies[key])
             for _ in range(args.rounds):
                 drop_caches()
-                rates.append(disk_rate(copy))
-                pair_of_runs = both(settings, copy, limit)
+                rates.append(disk_rate(copies["dit"]))
+                pair_of_runs = both(settings, copies, limit)
                 free.append(pair_of_runs[0])
                 limited.append(pair_of_runs[1])
         results[name] = {"limit": limit, "disk": rates, "free": free, "limited": limited}
