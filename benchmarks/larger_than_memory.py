@@ -40,7 +40,10 @@ def computing_faults() -> int:
     """Major faults of all threads but the one that reads ahead: it is there to have them."""
     n = 0
     for task in Path("/proc/self/task").iterdir():
-        name, _, rest = (task / "stat").read_text().partition("(")[2].rpartition(")")
+        try:
+            name, _, rest = (task / "stat").read_text().partition("(")[2].rpartition(")")
+        except OSError:  # it has ended since
+            continue
         if not name.startswith("pyggml weights"):
             n += int(rest.split()[9])
     return n
@@ -108,7 +111,7 @@ class Cgroup:
 
 
 class Run:
-    """A process that draws one picture; made, it is before its first step."""
+    """A process that draws one picture; made, it is before its first step. Ends with its `with` block."""
 
     def __init__(self, settings: dict[str, Any], group: Cgroup | None = None) -> None:
         command = [sys.executable, __file__, "--child", json.dumps(settings)]
@@ -130,22 +133,26 @@ class Run:
             return line
         raise SystemExit(f"a run ended with {self.process.wait()}")
 
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.communicate()
+
 
 def both(settings: dict[str, Any], copies: dict[str, str], limit: int) -> tuple[dict[str, Any], dict[str, Any]]:
     """Figures of a run without a limit, and of one with it, which draw in turn."""
     drop_caches()
-    with Cgroup(limit) as group:
-        limited = Run(settings | copies, group)
+    with Cgroup(limit) as group, Run(settings | copies, group) as limited:
         for key in FILES:
             with open(settings[key], "rb", buffering=0) as data:
                 while data.read(1 << 24):
                     pass
-        free = Run(settings)
-        for _ in range(settings["steps"]):
-            free.step()
-            limited.step()
-        for run in (free, limited):
-            run.process.communicate()
+        with Run(settings) as free:
+            for _ in range(settings["steps"]):
+                free.step()
+                limited.step()
         return json.loads(free.line), {**json.loads(limited.line), "charged": group.peak()}
 
 
