@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import ceil, floor, sqrt
 from typing import Any
@@ -22,7 +23,7 @@ from loader.params import Param
 from pyggml import Backend, Graph, Tensor, Type, ops
 
 from .compute import Compute
-from .nn import Linear, Module, RMSNorm, attention, graph_use, linear
+from .nn import Linear, Module, RMSNorm, attention, graph_use, linear, linear_gelu
 
 MERGE = 2  # patches along a side of what becomes one row
 ROPE_THETA = 10000.0
@@ -57,6 +58,7 @@ class VisionConfig:
     fused_qkv: bool
     split_frames: bool  # a kernel for each of the two frames
     norm_eps: float = 1e-6
+    tanh_gelu: bool = False  # behind the first of the last two layers, as stable-diffusion.cpp has it
 
     @property
     def head_dim(self) -> int:
@@ -240,8 +242,9 @@ class Qwen25Vision(Module):
     def __call__(self, patches: Tensor, position: Tensor, windows: tuple[tuple[int, int], ...]) -> Tensor:
         x = self.v(patches, position, windows)  # ne [dim, n_tokens]
         first, _, last = self.mm
-        x = first(ops.reshape(x, MERGE**2 * x.ne[0], -1))  # ne [4 * dim, n_tokens / 4]
-        return last(ops.gelu_erf(x))  # ne [out_dim, n_tokens / 4]
+        x = ops.reshape(x, MERGE**2 * x.ne[0], -1)  # ne [4 * dim, n_tokens / 4]
+        x = linear_gelu(first, x) if self.config.tanh_gelu else ops.gelu_erf(first(x))
+        return last(x)  # ne [out_dim, n_tokens / 4]
 
     def layout(self, rows: int, columns: int) -> Layout:
         """Of a picture of so many rows and columns of merged units."""
@@ -276,12 +279,13 @@ class Qwen25Vision(Module):
 
 
 def size_for(
-    width: int, height: int, multiple: int = 28, smallest: int = 56**2, largest: int = 3584**2
-) -> tuple[int, int]:
+    width: int, height: int, multiple: int = 28, smallest: int = 56**2, largest: int = 3584**2, *,
+    nearest: Callable[[float], int] = round,
+) -> tuple[int, int]:  # fmt: skip
     """The size that a picture is scaled to: sides are the nearest multiples, fewer or more where the number of pixels
-    would be out of bounds. The bounds are those of Qwen2.5-VL's preprocessor.
+    would be out of bounds. The bounds, and `nearest`, halves to even, are those of Qwen2.5-VL's preprocessor.
     """
-    w, h = (round(side / multiple) * multiple for side in (width, height))
+    w, h = (nearest(side / multiple) * multiple for side in (width, height))
     if w * h > largest:
         ratio = sqrt(width * height / largest)
         w, h = (max(multiple, floor(side / ratio / multiple) * multiple) for side in (width, height))

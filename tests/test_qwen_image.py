@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -17,12 +18,15 @@ from loader.describe import describe
 from loader.params import load_params
 from models import autoencoder_qwen, qwen25_vision, qwen25_vl
 from models.autoencoder_qwen import QwenAutoencoder, QwenAutoencoderConfig
+from models.devices import places
 from models.image import to_float
 from models.nn import Linear, linear_gelu
+from models.pipeline import Compat
 from models.qwen25_vision import Layout, Qwen25Vision, VisionConfig
 from models.qwen25_vl import Qwen25VL, Qwen25VLConfig
 from models.qwen_image import references
 from models.qwen_image import transformer as net
+from models.qwen_image.components import open_vision_tower
 from models.qwen_image.prompt import prompt_ids
 from models.qwen_image.transformer import QwenImageConfig, QwenImageTransformer
 from models.tokenizer import Tokenizer
@@ -166,6 +170,28 @@ def test_vision_tower(backend: Backend, tmp_path: Path, names: str) -> None:
             module.encode(backend, np.zeros((3, 28, 30), np.float32))
 
 
+def test_gelu_of_the_vision_tower(backend: Backend, tmp_path: Path) -> None:
+    """By the error function or, for compat="sd.cpp", by its tanh formula: seen through layers that let it pass."""
+    x = np.linspace(-3, 3, 192, dtype=np.float32)
+    checkpoint = vl_checkpoint(tmp_path, "newer")
+    tensors = {n: checkpoint.read(n) for n in checkpoint}
+    name = next(n.removesuffix("0.bias") for n in tensors if n.endswith("merger.mlp.0.bias"))
+    tensors |= {f"{name}0.weight": 0 * tensors[f"{name}0.weight"], f"{name}0.bias": x}
+    tensors |= {f"{name}2.weight": np.eye(64, 192, k=64, dtype=np.float32), f"{name}2.bias": np.zeros(64, np.float32)}
+    saved(tensors, tmp_path)
+    x = x[64:128]
+    tanh = x / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+    erf = x / 2 * (1 + np.vectorize(math.erf)(x / np.sqrt(2)))
+    expected: Mapping[Compat, NDArray[np.float32]] = {"diffusers": erf, "sd.cpp": tanh}
+    for compat, gelu in expected.items():
+        vision = open_vision_tower(tmp_path, tmp_path, places(backend, None, None)["te"], compat=compat)
+        assert vision is not None
+        with vision.in_use() as tower:
+            rows = tower.encode(backend, np.zeros((3, 28, 56), np.float32))
+        vision.close()
+        close_to(rows, np.stack([gelu] * 2), 1e-5)
+
+
 @pytest.mark.parametrize("positions", ["one after the other", "grid"])
 def test_text_encoder_with_a_picture(
     backend: Backend, tmp_path: Path, positions: str
@@ -267,6 +293,27 @@ def test_sizes_of_references() -> None:
         references.size_of_area(1, 5000, 384 * 384)
 
 
+def test_references_are_scaled_as_stable_diffusion_cpp_scales_them() -> None:
+    """By nearest neighbours, to the area of what is drawn; the tower's to the middle of what covers its size."""
+    area = references.TOWER_AREA  # which does not count here
+    assert references.size_of_area(130, 70, 96 * 64, compat="sd.cpp") == (96, 64)
+    assert references.size_of_area(97, 65, 64 * 64, compat="sd.cpp") == (64, 64)  # 78.18 and 52.39
+    assert references.size_of_area(9, 4, 64 * 64, compat="sd.cpp") == (96, 32)  # 96 and 42.7
+    assert references.size_of_area(80, 80, 80 * 80, compat="sd.cpp") == (96, 96)  # 2.5 goes up
+    assert references.size_of_area(80, 80, 80 * 80) == (64, 64)
+    assert references.tower_grid(130, 70, area, compat="sd.cpp") == (11, 19)  # too small: scaled up to 384 x 384 pixels
+    assert references.tower_grid(640, 480, area, compat="sd.cpp") == (17, 23)  # too large: down to 560 x 560
+    assert references.tower_grid(448, 434, area, compat="sd.cpp") == (16, 16)  # between: 15.5 goes up
+    picture = np.arange(60 * 100 * 3).astype(np.uint8).reshape(60, 100, 3)
+    seen = references.for_autoencoder(picture, 64 * 64, compat="sd.cpp")
+    assert seen.shape == (64, 96, 3) and np.array_equal(seen[3, 50], picture[3 * 60 // 64, 50 * 100 // 96])
+    high, wide = (28 * n for n in references.tower_grid(100, 60, area, compat="sd.cpp"))
+    assert (high, wide) == (308, 504)
+    tower = references.for_tower(picture, area, compat="sd.cpp")  # 513 x 308, of which 4 and 5 columns go
+    whole = picture[np.arange(308) * 60 // 308][:, (np.arange(504) + 4) * 100 // 513]
+    assert np.array_equal(tower, qwen25_vision.normalise(whole))
+
+
 # -- transformer -----------------------------------------------------------------------------------------------------
 
 
@@ -316,7 +363,10 @@ def test_transformer(backend: Backend, tmp_path: Path, case: str) -> None:
         with module.step_graph(backend, n, len(text), len(patches) - n) as graph:
             out = graph.compute(**inputs)["out"]
             again = graph.compute(patches=patches)["out"]  # inputs are kept from one computation to the next
+        with module.step_graph(backend, n, len(text), len(patches) - n, unit=1 / 7) as graph:
+            sevenths = graph.compute(**{**inputs, "position": 7 * inputs["position"]})["out"]
     assert np.array_equal(out, again)
+    close_to(sevenths, out, 1e-5)
     close_to(np.stack([net.unpatchify(p, h, w) for p in np.split(out, len(targets))]), arrays[f"{case}/out"])
 
 
@@ -392,7 +442,9 @@ def test_positions() -> None:
     assert ours[:, :2].tolist() == [[5, 6]] * 3
     assert ours[1, 2:14].tolist() == [-2] * 4 + [-1] * 4 + [0] * 4 and ours[2, 2:6].tolist() == [-2, -1, 0, 1]
     assert set(ours[0, 2:14]) == {0} and set(ours[0, 14:]) == {1} and ours[1, 14] == -5
-    theirs = net.joint_positions(2, (3, 4), [(10, 2)], compat="sd.cpp")
-    assert theirs[:, :2].tolist() == [[2, 3]] * 3 and theirs[1, 2:14].tolist() == [-1] * 4 + [0] * 4 + [1] * 4
+    theirs = net.joint_positions(3, (3, 4), [(10, 2)], compat="sd.cpp") / net.position_steps(3, "sd.cpp")
+    assert theirs[:, :3].tolist() == [[4, 5.5, 7]] * 3  # from the target's longer side, 3 / 2 apart
+    assert theirs[1, 3:15].tolist() == [-1] * 4 + [0] * 4 + [1] * 4 and set(theirs[0, 15:]) == {1}
+    assert net.joint_positions(1, (3, 4), compat="sd.cpp")[:, 0].tolist() == [4] * 3
     layered = net.joint_positions(1, (2, 2), [(2, 2)], n_targets=3, layered=True)
     assert layered[0].tolist() == [3] + [0] * 4 + [1] * 4 + [2] * 4 + [-1] * 4

@@ -14,7 +14,7 @@ from .. import autoencoder_qwen, qwen25_vision, qwen25_vl
 from ..autoencoder_qwen import QwenAutoencoder, QwenAutoencoderConfig
 from ..component import Component, Load, require
 from ..devices import Place
-from ..pipeline import Path
+from ..pipeline import Compat, Path
 from ..qwen25_vision import Qwen25Vision, VisionConfig
 from ..qwen25_vl import Qwen25VL, Qwen25VLConfig
 from . import transformer as net
@@ -35,10 +35,11 @@ def open_text_encoder(
 
 
 def open_vision_tower(
-    path: Path | None, llm: Path, place: Place, *, options: LoadOptions | None = None, load: Load = load_params
-) -> Component | None:
-    """The tower of an mmproj file or, when none is given, of the text encoder's; None when that has none. LoadError as
-    above.
+    path: Path | None, llm: Path, place: Place, *, options: LoadOptions | None = None, compat: Compat = "diffusers",
+    load: Load = load_params,
+) -> Component | None:  # fmt: skip
+    """The tower of an mmproj file or, when none is given, of the text encoder's; None when that has none. `compat`
+    decides which GELU it has. LoadError as above.
     """
     if path is None:
         checkpoint = _open_llm(llm)
@@ -51,7 +52,8 @@ def open_vision_tower(
             require(checkpoint, "vision tower", ("Qwen2.5-VL vision tower",), "--llm-vision")
         checkpoint = _without_prefixes(checkpoint, *_PREFIXES)
     checkpoint = checkpoint.renamed(qwen25_vision.RENAMES)
-    return Component("vision", Qwen25Vision(VisionConfig.from_checkpoint(checkpoint)), checkpoint, place, options, load)
+    config = replace(VisionConfig.from_checkpoint(checkpoint), tanh_gelu=compat == "sd.cpp")
+    return Component("vision", Qwen25Vision(config), checkpoint, place, options, load)
 
 
 def open_transformer(

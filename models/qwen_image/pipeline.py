@@ -111,7 +111,9 @@ class QwenImagePipeline(Pipeline):
             text_encoder, transformer, autoencoder = parts
             vision: Component | None = None
             if encoder and not transformer.module.config.layered:
-                vision = open_vision_tower(llm_vision, llm, place["te"], options=options, load=load)
+                vision = open_vision_tower(
+                    llm_vision, llm, place["te"], options=options, compat=compat, load=load
+                )
                 parts += [vision] if vision else []
             check_together(text_encoder, transformer, autoencoder, vision)
             tokenizer = tokenizer or Tokenizer.for_checkpoint(text_encoder.checkpoint)
@@ -148,9 +150,8 @@ class QwenImagePipeline(Pipeline):
         return ids, n_dropped, weights
 
     def _features(self, prompt: str, pictures: Sequence[Pixels]) -> Float32:
-        edit = bool(pictures) and not self.layered
-        seen = self._look_at(pictures) if edit else []
-        ids, n_dropped, weights = self._tokens(prompt, [len(x) for x, _ in seen], edit=edit)
+        seen = self._look_at(pictures) if pictures and not self.layered else []
+        ids, n_dropped, weights = self._tokens(prompt, [len(x) for x, _ in seen], edit=self._is_edit(pictures))
         numbers = np.array(ids, np.int32)
         pad = self.tokenizer.special.get("<|image_pad|>", qwen25_vl.IMAGE_PAD)
         position = qwen25_vl.grid_positions(numbers, [grid for _, grid in seen], pad) if self.grid_positions else None
@@ -162,6 +163,10 @@ class QwenImagePipeline(Pipeline):
                 compute=partial(self._compute, "the text encoder"),
             )  # fmt: skip
         return prompt_weights.apply_weights(features, weights)[n_dropped:] if weights else features
+
+    def _is_edit(self, pictures: Sequence[Pixels]) -> bool:
+        """Whether the prompt is written as one that edits; stable-diffusion.cpp's is not where there is no tower."""
+        return bool(pictures) and not self.layered and not (self.compat == "sd.cpp" and self.vision is None)
 
     def _look_at(self, pictures: Sequence[Pixels]) -> list[tuple[Float32, tuple[int, int]]]:
         """What the vision tower makes of pictures: rows, and their grid; nothing where there is no tower.
@@ -183,7 +188,7 @@ class QwenImagePipeline(Pipeline):
             with self.vision.in_use() as tower:
                 multiple = tower.config.multiple
                 for key, picture in missing.items():
-                    pixels = references.for_tower(picture, self._tower_area, multiple)
+                    pixels = references.for_tower(picture, self._tower_area, multiple, compat=self.compat)
                     rows = tower.encode(self.vision.backend, pixels, partial(self._compute, "the vision tower"))
                     self._seen[key] = rows, (pixels.shape[1] // multiple, pixels.shape[2] // multiple)
         return [self._seen[key] for key in keys]
@@ -212,8 +217,14 @@ class QwenImagePipeline(Pipeline):
         if self.layered:
             scaled = [image.resized(picture, width, height) for picture in pictures]
         else:
-            scaled = [references.for_autoencoder(picture, references.AUTOENCODER_AREA) for picture in pictures]
+            area = self._reference_area(width, height)
+            scaled = [references.for_autoencoder(picture, area, compat=self.compat) for picture in pictures]
         return [self.encode_image(picture) for picture in scaled]
+
+    def _reference_area(self, width: int, height: int) -> int:
+        """Pixels that the autoencoder sees of a reference, for a picture of that size."""
+        area = references.AUTOENCODER_AREA
+        return min(area, width * height) if self.compat == "sd.cpp" else area
 
     def _latent_shape(self, width: int, height: int, layers: int | None) -> tuple[int, ...]:
         shape = super()._latent_shape(width, height, None)
@@ -288,7 +299,8 @@ class QwenImagePipeline(Pipeline):
 
     def _step_graph(self, n_patches: int, n_text: int, n_references: int) -> Graph:
         transformer = self.transformer  # keeps two graphs: prompt and negative prompt
-        build = partial(transformer.module.step_graph, transformer.backend, n_patches, n_text, n_references)
+        unit = 1 / net.position_steps(n_text, self.compat)
+        build = partial(transformer.module.step_graph, transformer.backend, n_patches, n_text, n_references, unit=unit)
         return transformer.graph((n_patches, n_text, n_references), build)
 
     def _sigmas(
@@ -347,15 +359,16 @@ class QwenImagePipeline(Pipeline):
             if self.layered:
                 others.append((width, height))
                 continue
-            others.append(references.size_of_area(*sides, references.AUTOENCODER_AREA))
+            others.append(references.size_of_area(*sides, self._reference_area(width, height), compat=self.compat))
             if self.vision:
-                grid = references.tower_grid(*sides, self._tower_area, self.vision.module.config.multiple)
+                multiple = self.vision.module.config.multiple
+                grid = references.tower_grid(*sides, self._tower_area, multiple, compat=self.compat)
                 n_rows.append(math.prod(grid))
                 graph = self.vision.module.graph(self.vision.backend, self.vision.module.layout(*grid))
                 found.append(Phase.of("vision tower", graph, spans))
         lengths = []
         for text in [prompt, negative_prompt] if guided else [prompt]:
-            ids, n_dropped, weights = self._tokens(text, n_rows, edit=bool(pictures) and not self.layered)
+            ids, n_dropped, weights = self._tokens(text, n_rows, edit=self._is_edit(pictures))
             dropped = 0 if weights else n_dropped
             graph = self.text_encoder.module.graph(self.text_encoder.backend, len(ids), sum(n_rows), dropped)
             found.append(Phase.of("text encoder", graph, spans, n_rows=len(ids)))

@@ -115,6 +115,14 @@ class Run:
         return ops.view(self.vectors, (self.vectors.ne[0],), offset=i * self.vectors.nb[1])
 
 
+@dataclass(frozen=True)
+class Positions:
+    """Where tokens are on each axis: i32 ne [n_tokens] each, in units of `unit`."""
+
+    axes: Sequence[Tensor]
+    unit: float
+
+
 def modulated(x: Tensor, runs: Sequence[Run], i: int) -> Tensor:
     """LayerNorm without weights, then vectors i (shift) and i + 1 (scale) of each token's run."""
     h = ops.norm(x, EPS)
@@ -149,7 +157,7 @@ class JointAttention(Module):
         self.to_add_out = Linear(c.dim, c.dim, headroom=OUT_HEADROOM)
         self.config = c
 
-    def __call__(self, x: Tensor, text: Tensor, positions: list[Tensor]) -> tuple[Tensor, Tensor]:
+    def __call__(self, x: Tensor, text: Tensor, positions: Positions) -> tuple[Tensor, Tensor]:
         c, n_text, n_image = self.config, text.ne[1], x.ne[1]
 
         def both(text_part: Tensor, image_part: Tensor) -> Tensor:
@@ -159,8 +167,7 @@ class JointAttention(Module):
         q_image, k_image, v_image = (self._heads(to(x)) for to in (self.to_q, self.to_k, self.to_v))
         q = both(self.norm_added_q(q_text), self.norm_q(q_image))
         k = both(self.norm_added_k(k_text), self.norm_k(k_image))
-        q = apply_rope_axes(q, positions, c.axes_dims, ROPE_THETA)
-        k = apply_rope_axes(k, positions, c.axes_dims, ROPE_THETA)
+        q, k = (apply_rope_axes(x, positions.axes, c.axes_dims, ROPE_THETA, positions.unit) for x in (q, k))
         y = attention(q, k, both(v_text, v_image), headroom=DOWN_HEADROOM)  # ne [dim, n_text + n_image]
         y_text = ops.view(y, (c.dim, n_text))
         y_image = ops.view(y, (c.dim, n_image), offset=n_text * y.nb[1])
@@ -211,7 +218,7 @@ class Block(Module):
         self.txt_mlp = FeedForward(c)
 
     def __call__(
-        self, x: Tensor, text: Tensor, runs: Sequence[Run], text_run: Sequence[Run], i: int, positions: list[Tensor]
+        self, x: Tensor, text: Tensor, runs: Sequence[Run], text_run: Sequence[Run], i: int, positions: Positions
     ) -> tuple[Tensor, Tensor]:
         """Vectors i ... i + 5 of the runs are this block's."""
         h, h_text = self.attn(modulated(x, runs, i), modulated(text, text_run, i), positions)
@@ -292,7 +299,7 @@ class QwenImageTransformer(Module):
         return image, text, self.norm_out.linear(t)
 
     def __call__(
-        self, x: Tensor, text: Tensor, runs: Sequence[Run], text_run: Run, positions: list[Tensor], n_target: int
+        self, x: Tensor, text: Tensor, runs: Sequence[Run], text_run: Run, positions: Positions, n_target: int
     ) -> Tensor:
         """Patches ne [patch_dim, n], the target's first; text of `context`; the runs of both streams; positions of the
         text tokens, then of the image tokens. Returns the velocity of the target's patches, ne [patch_dim, n_target].
@@ -323,8 +330,10 @@ class QwenImageTransformer(Module):
         graph.output(last, name="last")
         return graph
 
-    def step_graph(self, backend: Backend, n_patches: int, n_text: int, n_references: int = 0) -> Graph:
-        """For `n_patches` of the target, then `n_references` of all references.
+    def step_graph(
+        self, backend: Backend, n_patches: int, n_text: int, n_references: int = 0, *, unit: float = 1.0
+    ) -> Graph:
+        """For `n_patches` of the target, then `n_references` of all references. unit: of the positions.
 
         Inputs patches [n_patches + n_references, patch_dim], context [n_text, dim], position [3, n_text + all patches],
         modulation_image and modulation_text as `Modulation` has them; with references and `zero_cond_t` also
@@ -337,7 +346,7 @@ class QwenImageTransformer(Module):
         patches = graph.input((c.patch_dim, n), name="patches")
         context = graph.input((c.dim, n_text), name="context")
         position = graph.input((n_text + n, 3), Type.I32, name="position")
-        positions = [ops.view(position, (n_text + n,), offset=axis * position.nb[1]) for axis in range(3)]
+        axes = [ops.view(position, (n_text + n,), offset=axis * position.nb[1]) for axis in range(3)]
         n_vectors = N_MOD * c.n_layers
         image = graph.input((c.dim, n_vectors + 2), name="modulation_image")
         text = graph.input((c.dim, n_vectors), name="modulation_text")
@@ -345,7 +354,7 @@ class QwenImageTransformer(Module):
         if apart:
             zero = graph.input((c.dim, n_vectors), name="modulation_zero")
             runs.append(Run(n_patches, n_references, zero))
-        graph.output(self(patches, context, runs, Run(0, n_text, text), positions, n_patches), name="out")
+        graph.output(self(patches, context, runs, Run(0, n_text, text), Positions(axes, unit), n_patches), name="out")
         return graph
 
     def modulate(
@@ -380,7 +389,8 @@ def joint_positions(
     """[3, n_tokens] of the text tokens, then of `n_targets` pictures of the same grid, then of the references.
 
     Pictures are numbered from 0, in the layered model the reference is -1. The middle row of an odd number is -1 in
-    diffusers, 0 with compat "sd.cpp", which also places the text by the target alone.
+    diffusers, 0 with compat "sd.cpp", which also places the text by the target alone, twice as far away, and its n
+    tokens n / (n - 1) apart: see `position_steps`.
     """
     numbers = [*range(n_targets), *((-1 - i if layered else n_targets + i) for i in range(len(references)))]
     grids = [target] * n_targets + list(references)
@@ -389,12 +399,19 @@ def joint_positions(
         row, column = np.divmod(np.arange(rows * columns), columns)
         up = 0 if compat == "sd.cpp" else 1
         parts.append(np.stack([np.full_like(row, number), row - (rows + up) // 2, column - (columns + up) // 2]))
-    around = [target] if compat == "sd.cpp" else grids
-    first = max(side // 2 for grid in around for side in grid)
-    if layered and compat == "diffusers":
-        first = max(first, n_targets)
-    parts[0] += first + np.arange(n_text, dtype=np.int32)
+    if compat == "sd.cpp":
+        steps = position_steps(n_text, compat)
+        parts = [part * steps for part in parts]
+        parts[0] += (max(target) * steps + np.arange(n_text) * n_text).astype(np.int32)
+    else:
+        first = max(side // 2 for grid in grids for side in grid)
+        parts[0] += max(first, n_targets if layered else 0) + np.arange(n_text, dtype=np.int32)
     return np.concatenate(parts, axis=1).astype(np.int32)
+
+
+def position_steps(n_text: int, compat: Literal["diffusers", "sd.cpp"] = "diffusers") -> int:
+    """How many of `joint_positions` make 1: stable-diffusion.cpp's text tokens have fractional ones."""
+    return max(n_text - 1, 1) if compat == "sd.cpp" else 1
 
 
 def patchify(latents: NDArray[np.float32]) -> NDArray[np.float32]:

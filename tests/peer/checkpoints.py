@@ -69,6 +69,18 @@ class Writer:
             raw = quantize(values, self.type).reshape(n_out, -1)
             self.file.add_tensor(name, raw, raw_dtype=gguf.GGMLQuantizationType(self.type))
 
+    def table(self, name: str, n_rows: int, n: int, std: float) -> None:
+        """[n_rows, n], not around zero."""
+        parts = []
+        for start in range(0, n_rows, 16384):
+            rows = self.normal(min(16384, n_rows - start), n, std=std, mean=std / 4)
+            parts.append(rows.astype(np.float16) if self.type is Type.F16 else quantize(rows, self.type))
+        if self.type is Type.F16:
+            self.file.add_tensor(name, np.concatenate(parts))
+        else:
+            raw = np.concatenate([part.ravel() for part in parts]).reshape(n_rows, -1)
+            self.file.add_tensor(name, raw, raw_dtype=gguf.GGMLQuantizationType(self.type))
+
     def close(self) -> None:
         self.file.write_header_to_file()
         self.file.write_kv_data_to_file()
@@ -117,12 +129,7 @@ def write_qwen3(path: Path, type: Type, seed: int = 2) -> None:
     """Features of about 0.003 and not around zero, so that weights of words show through the norm that follows."""
     w = Writer(path, "qwen3", type, seed)
     small = 0.003
-    rows = w.normal(VOCAB, CAPTION, std=small, mean=small / 4)
-    if type is Type.F16:
-        w.file.add_tensor("token_embd.weight", rows.astype(np.float16))
-    else:
-        raw = quantize(rows, type).reshape(VOCAB, -1)
-        w.file.add_tensor("token_embd.weight", raw, raw_dtype=gguf.GGMLQuantizationType(type))
+    w.table("token_embd.weight", VOCAB, CAPTION, small)
     w.vector("output_norm.weight", CAPTION, 1.0)
     for i in range(LLM_LAYERS):
         p, zero = f"blk.{i}.", i not in LLM_ACTIVE
@@ -265,16 +272,19 @@ def make_loras(folder: Path) -> dict[str, Path]:
     return paths
 
 
-def make(folder: Path, keys: Collection[str] = tuple(FILES)) -> dict[str, Path]:
-    """The files of FILES in `folder`, those of `keys`, each written unless it is there."""
+def make(
+    folder: Path, keys: Collection[str] = tuple(FILES), *, files: Mapping[str, str] = FILES,
+    makers: Mapping[str, Callable[[Path], None]] = MAKERS,
+) -> dict[str, Path]:  # fmt: skip
+    """Those of `files` in `folder` that `keys` name, each written unless it is there."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = {}
     for key in keys:
-        name = FILES[key]
+        name = files[key]
         paths[key] = folder / name
         if not paths[key].exists():
             part = folder / f".{name}.part"
-            MAKERS[key](part)
+            makers[key](part)
             part.rename(paths[key])
             print(f"wrote {paths[key]}, {paths[key].stat().st_size / 1e9:.2f} GB", file=sys.stderr)
     return paths
