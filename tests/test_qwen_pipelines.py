@@ -198,6 +198,36 @@ def test_editing_without_a_vision_tower(
     assert len(features) == len(ids) - 64
 
 
+def test_editing_as_stable_diffusion_cpp_does(
+    files: dict[str, Path], tmp_path: Path, backend: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """References have the area of what is drawn; without a tower the prompt is one of text to picture."""
+    monkeypatch.setattr(references, "TOWER_AREAS", (56 * 56, 84 * 84))
+    wide = Image.fromarray(np.random.default_rng(3).integers(0, 256, (60, 100, 3), np.uint8))
+    pixels = np.asarray(wide)
+    seen: list[Any] = []
+    encode = Qwen25Vision.encode
+
+    def noted(self: Qwen25Vision, backend: Backend, picture: Any, *more: Any) -> Any:
+        seen.append(picture)
+        return encode(self, backend, picture, *more)
+
+    monkeypatch.setattr(Qwen25Vision, "encode", noted)
+    with models.load(**files, backend=backend, encoder=True, compat="sd.cpp") as pipe:
+        encode_image = pipe.encode_image
+        monkeypatch.setattr(pipe, "encode_image", lambda x, *more: seen.append(x) or encode_image(x, *more))
+        pipe("a red circle", **SMALL, reference_images=[wide], cfg_scale=1.0)
+        phases = pipe.phases("a red circle", width=32, height=32, reference_images=[wide], cfg_scale=1.0)
+    tower, autoencoder = seen
+    assert np.array_equal(tower, references.for_tower(pixels, 0, compat="sd.cpp")) and tower.shape == (3, 56, 112)
+    assert np.array_equal(autoencoder, references.for_autoencoder(pixels, 32 * 32, compat="sd.cpp"))
+    assert autoencoder.shape == (32, 32, 3)
+    assert {"vision tower", "image encoder"} <= {phase.name for phase in phases}
+    with models.load(**write_tiny_qwen(tmp_path, tower=False), backend=backend, encoder=True, compat="sd.cpp") as blind:
+        plain = blind.encode("a red circle").features
+        assert np.array_equal(blind.encode("a red circle", [pixels]).features, plain)
+
+
 def test_the_vision_tower_of_another_file(files: dict[str, Path], tmp_path: Path, backend: Backend) -> None:
     blind = write_tiny_qwen(tmp_path, tower=False)
     run = SMALL | {"reference_images": [picture()], "cfg_scale": 1.0}
