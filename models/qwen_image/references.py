@@ -4,6 +4,7 @@ stable-diffusion.cpp 0.4.7 does.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from math import floor, sqrt
 from typing import Literal
 
@@ -27,12 +28,13 @@ def size_of_area(
 
     ValueError for a picture so long and thin that nothing would be left of its shorter side.
     """
+    nearest: Callable[[float], int] = round
     if compat == "sd.cpp":
         wide = sqrt(area * width // height)
         high, nearest = wide * height / width, _half_up
     else:
         wide = sqrt(area * (width / height))
-        high, nearest = wide / (width / height), round
+        high = wide / (width / height)
     size = nearest(wide / multiple) * multiple, nearest(high / multiple) * multiple
     if not all(size):
         raise ValueError(f"a picture of {width} x {height} is too thin to be scaled to {area} pixels")
@@ -83,7 +85,7 @@ def _nearest(picture: NDArray[np.uint8], width: int, height: int) -> NDArray[np.
     """Each pixel is the one of the original whose place, rounded down, is its own."""
     h, w = picture.shape[:2]
     rows, columns = np.arange(height) * h // height, np.arange(width) * w // width
-    return picture[rows][:, columns]
+    return np.ascontiguousarray(picture[rows][:, columns])
 
 
 def _covering(picture: NDArray[np.uint8], width: int, height: int) -> NDArray[np.uint8]:
