@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Final, Literal, TypeAlias
 
@@ -119,6 +119,15 @@ PREFIXES: Final = (
 
 _LORA: Final = re.compile(
     r"\.(lora_(down|up|mid|A|B)|lora\.(down|up)|hada_w[12]_[ab]|lokr_w[12](_[ab])?|dora_scale)(\.|$)"
+)
+# Names that only the LoRAs of one model have.
+LORA_MODELS: Final = (
+    (r"(^|[._])(double|single)_(transformer_)?blocks[._]", "Flux"),
+    (r"(^|[._])transformer_blocks[._]\d+[._](attn[._](add_|to_add_out)|img_m|txt_m)", "Qwen-Image"),
+    (r"(^|[._])(down|input|up|output)_blocks[._]|te[12]?_text_model", "Stable Diffusion"),
+    (r"(^|[._])blocks[._]\d+[._](cross|self)_attn[._]", "Wan"),
+    (r"(^|[._])joint_blocks[._]", "Stable Diffusion 3"),
+    (r"(^|[._])(layers|noise_refiner|context_refiner)[._]\d+[._](attention[._]|feed_forward[._]|adaLN_)", "Z-Image"),
 )
 _BLOCK: Final = re.compile(r"^(?:.*?\.)??((?:transformer_|double_|single_|joint_)?(?:blocks|layers|blk))\.(\d+)\.")
 
@@ -250,7 +259,8 @@ def find_components(tensors: Mapping[str, TensorInfo]) -> tuple[Component, ...]:
     """The models of a checkpoint, at most one of a role under a prefix."""
     for name in tensors:
         if _LORA.search(name):
-            return (Component("lora", "LoRA", "", name),)
+            model = model_of_lora(tensors)
+            return (Component("lora", f"LoRA for {model}" if model else "LoRA", "", name),)
     found: list[Component] = []
     for prefix in PREFIXES:
         roles: set[Role] = set()
@@ -261,6 +271,11 @@ def find_components(tensors: Mapping[str, TensorInfo]) -> tuple[Component, ...]:
     if any(c.architecture == "Qwen2.5-VL" for c in found):  # the tower is part of it
         found = [c for c in found if c.role != "vision tower"]
     return tuple(found)
+
+
+def model_of_lora(names: Iterable[str]) -> str | None:
+    """The model that a LoRA with these keys is for, where a key says so."""
+    return next((model for name in names for pattern, model in LORA_MODELS if re.search(pattern, name)), None)
 
 
 def _fits(signature: Signature, prefix: str, tensors: Mapping[str, TensorInfo]) -> bool:

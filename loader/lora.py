@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 
 from .checkpoint import Checkpoint, open_checkpoint
 from .convert import scaled_float32
-from .describe import describe
+from .describe import describe, model_of_lora
 from .errors import Kind as ErrorKind
 from .errors import LoadError, printable, quoted
 from .limits import DEFAULT_LIMITS, Limits
@@ -68,18 +68,10 @@ _REFUSED: Final = {
 _PREFIXES: Final[tuple[tuple[str, str | None], ...]] = (
     ("diffusion_model_", "transformer"), ("unet_", "transformer"), ("transformer_", "transformer"),
     ("text_encoders_", "text_encoder"), ("text_encoder_", "text_encoder"), ("te1_", "text_encoder"),
-    ("te_", "text_encoder"), ("qwen3_4b_", "text_encoder"), ("llm_", "text_encoder"), ("lora_", None),
+    ("te_", "text_encoder"), ("qwen3_4b_", "text_encoder"), ("qwen25_7b_", "text_encoder"),
+    ("llm_", "text_encoder"), ("lora_", None),
     ("lycoris_", None), ("base_model_", None), ("language_model_", None), ("model_", None),
 )  # fmt: skip
-
-# What files for other models look like, for the message when nothing matches.
-_STRANGERS: Final = (
-    (r"(^|[._])(double|single)_(transformer_)?blocks[._]", "Flux"),
-    (r"(^|[._])transformer_blocks[._]\d+[._](attn[._]add_|img_m|txt_m)", "Qwen-Image"),
-    (r"(^|[._])(down|input|up|output)_blocks[._]|te[12]?_text_model", "Stable Diffusion"),
-    (r"(^|[._])blocks[._]\d+[._](cross|self)_attn[._]", "Wan"),
-    (r"(^|[._])joint_blocks[._]", "Stable Diffusion 3"),
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -419,7 +411,7 @@ class LoraFile:
         if not self.groups:
             what = f"{describe(self.checkpoint).sentence()}, and no LoRA"
             return LoadError(what, kind="WrongTensors", path=self.path)
-        other = next((model for pattern, model in _STRANGERS for key in keys if re.search(pattern, key)), None)
+        other = model_of_lora(keys)
         guess = f"; it looks like one for {other}" if other else ""
         return LoadError(
             f"none of its {len(keys)} keys belongs to this model{guess}: {_first(keys)}", kind="WrongTensors",

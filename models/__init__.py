@@ -6,11 +6,14 @@ import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from loader.checkpoint import Checkpoint
+
+    from .lora import Naming
     from .pipeline import Pipeline
     from .qwen_image import QwenImagePipeline
     from .z_image import ZImagePipeline
 
-__all__ = ["load", "pipeline_for"]
+__all__ = ["for_merging", "load", "pipeline_for"]
 
 
 def load(
@@ -40,3 +43,20 @@ def pipeline_for(diffusion_model: str | os.PathLike[str]) -> type[ZImagePipeline
     from .z_image import ZImagePipeline  # which says what is wrong with anything else
 
     return ZImagePipeline
+
+
+def for_merging(checkpoint: Checkpoint) -> tuple[Checkpoint, str, Naming]:
+    """A model's file under the names that we have for its tensors, its role, and how LoRA files name its modules.
+    LoadError for a file that LoRAs are not merged into.
+    """
+    from loader.describe import describe
+    from loader.errors import LoadError
+
+    from .qwen_image import components as qwen_image
+    from .z_image import components as z_image
+
+    found = z_image.for_merging(checkpoint) or qwen_image.for_merging(checkpoint)
+    if found is None:
+        into = "LoRAs are merged into transformers and text encoders of Z-Image and Qwen-Image"
+        raise LoadError(f"{describe(checkpoint).sentence()}: {into}", kind="Unsupported", path=checkpoint.path)
+    return found

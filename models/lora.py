@@ -46,6 +46,7 @@ ApplyMode: TypeAlias = Literal["auto", "at_runtime", "immediately"]
 MAX_LORAS = 16
 MAX_WEIGHT = 8.0
 NODES = 24  # of a graph, at most, for one delta
+_TITLES = ("modelspec.title", "ss_output_name", "general.name", "title", "name")  # of a LoRA, in its metadata
 
 
 @dataclass(frozen=True)
@@ -246,6 +247,10 @@ class Lora:
             self.file.close()
             raise
         self.on_backend: dict[str, _OnBackend] = {}
+        self.lightning = lightning_steps(path, self.file.checkpoint.metadata) if "transformer" in self.changes else None
+        # The content, not the name: another LoRA may be loaded under that later.
+        scales = (change.delta.scale for changes in self.changes.values() for change in changes)
+        self.identity = (*(file.identity for file in self.file.checkpoint.files), *scales)
         r = self.report
         n, path = r.n_applied, printable(r.path)
         log.info("(%d / %d) LoRA tensors have been applied, lora_file_path = %s", n, r.n_keys, path)
@@ -354,9 +359,15 @@ class Loras:
         assert name not in self.active
         self.loaded.pop(name).close()
 
-    def state(self, role: str) -> tuple[tuple[str, float], ...]:
+    def state(self, role: str) -> tuple[tuple[object, float], ...]:
         """What a component computes depends on this: the active LoRAs that change it, and their weights."""
-        return tuple((name, w) for name, w in self.active.items() if role in self.loaded[name].changes)
+        active = ((self.loaded[name], weight) for name, weight in self.active.items())
+        return tuple((lora.identity, weight) for lora, weight in active if role in lora.changes)
+
+    def lightning(self) -> tuple[str, int] | None:
+        """File and steps of the first active LoRA that is a Lightning one."""
+        active = (self.loaded[name] for name, weight in self.active.items() if weight > 0)
+        return next(((lora.report.path, lora.lightning) for lora in active if lora.lightning), None)
 
     def report(self) -> list[dict[str, Any]]:
         """For JSON: each active LoRA, its weight, and what became of its keys."""
@@ -480,6 +491,19 @@ def changes_of(
         return change
 
     return {name: merge(listed) for name, listed in found.items()}, reports
+
+
+def lightning_steps(path: Path, metadata: Mapping[str, Any]) -> int | None:
+    """The steps that a Lightning LoRA was distilled for, 8 where it does not say; None when it is no such LoRA.
+
+    That is read from the title in its metadata or, as published ones have none, from its file's name:
+    Qwen-Image-Lightning-4steps-V1.0.safetensors.
+    """
+    for text in (*(metadata.get(key) for key in _TITLES), os.path.basename(os.fspath(path))):
+        if isinstance(text, str) and re.search("lightning", text, re.IGNORECASE):
+            steps = re.search(r"(?<!\d)([1-9]\d?)[ _-]?steps?(?![a-z])", text, re.IGNORECASE)
+            return int(steps[1]) if steps else 8
+    return None
 
 
 def check_weight(weight: object) -> float:

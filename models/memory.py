@@ -55,6 +55,7 @@ class Report:
     loras: list[dict[str, Any]] = field(default_factory=list)  # as models.lora.Loras.report has them
     # component -> what it took of a device's memory, where its weights came piece by piece (models.streaming)
     vram: dict[str, VramReport] = field(default_factory=dict)
+    lightning: str | None = None  # why a run had the steps, the guidance and the schedule of Lightning models
     residency: Any = None  # a ResidencyReport: what was done about memory
 
     @contextmanager

@@ -7,6 +7,7 @@ diffusers; docs/parity.md lists where.
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 import time
@@ -39,6 +40,8 @@ from .tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from PIL import Image
+
+log = logging.getLogger("pyggml.models")
 
 Float32 = NDArray[np.float32]
 Pixels = NDArray[np.uint8]
@@ -101,6 +104,7 @@ class Pipeline(ABC):
     default_steps: ClassVar[int]
     default_cfg_scale: ClassVar[float]
     edits: ClassVar[bool] = False  # takes reference pictures
+    has_lightning: ClassVar[bool] = False  # there are Lightning models of it, of 4 or 8 steps
     default_shift: ClassVar[float] = 3.0
     default_strength: ClassVar[tuple[float, float]] = 0.6, 0.6  # of img2img, and with a mask, as in diffusers
 
@@ -236,15 +240,17 @@ class Pipeline(ABC):
         LoRAs are then as they were before. progress("lora", done, total), in bytes, as tensors are merged.
         """
         weights: dict[str, float] = {}
+        given: dict[str, Path] = {}  # what a link is called may say what it is
         for path, weight in loras.items() if isinstance(loras, Mapping) else loras:
             name = os.path.realpath(path)
+            given.setdefault(name, path)
             weights[name] = check_weight(weights.get(name, 0.0) + check_weight(weight))
         if len(weights) > MAX_LORAS:
             raise ValueError(f"{len(weights)} LoRAs at once; {MAX_LORAS} are the most")
         self.loras.forget_replaced()
         before = list(self.loras.loaded)
         try:
-            reports = [self.loras.load(name, name) for name in weights]
+            reports = [self.loras.load(given[name], name) for name in weights]
             self._activate(weights, progress)
         except BaseException:
             for name in [name for name in self.loras.loaded if name not in before]:
@@ -306,6 +312,17 @@ class Pipeline(ABC):
     ) -> tuple[int, int]:
         """Width and height of what a call with these arguments draws. ValueError as the call."""
         return self._size(width, height, [self._read_reference(source) for source in reference_images])
+
+    def _lightning(self, steps: int | None) -> tuple[int, str] | None:
+        """The steps of a Lightning model and how that is known, for `__call__`'s argument; None when it is none."""
+        if steps and not self.has_lightning:
+            raise ValueError("there are no Lightning models of this family")
+        if steps is not None and not 0 <= steps <= 100:
+            raise ValueError(f"lightning is a number of steps in 1..100, or 0 for off, not {steps}")
+        if steps is not None:
+            return (steps, "as asked") if steps else None
+        found = self.loras.lightning() if self.has_lightning and self.compat != "sd.cpp" else None
+        return (found[1], f"by {os.path.basename(found[0])}") if found else None
 
     def _drop_graphs(self) -> None:
         for component in self.components():
@@ -425,8 +442,9 @@ class Pipeline(ABC):
         num_inference_steps: int | None = None, cfg_scale: float | None = None, guidance_scale: float | None = None,
         true_cfg_scale: float | None = None, cfg_normalization: float | None = None,
         cfg_truncation: float | None = None, guidance: Guidance | None = None, sigmas: Sequence[float] | None = None,
-        scheduler: str | None = None, shift: float | None = None, method: str = "euler", eta: float | None = None,
-        seed: int = 42, num_images_per_prompt: int = 1, rng: str | None = None, latents: Float32 | None = None,
+        scheduler: str | None = None, shift: float | None = None, lightning: int | None = None,
+        method: str = "euler", eta: float | None = None, seed: int = 42, num_images_per_prompt: int = 1,
+        rng: str | None = None, latents: Float32 | None = None,
         prompt_embeds: Conditioning | Float32 | None = None,
         negative_prompt_embeds: Conditioning | Float32 | None = None, init_image: Path | Image.Image | None = None,
         strength: float | None = None, mask_image: Path | Image.Image | None = None,
@@ -442,6 +460,8 @@ class Pipeline(ABC):
         `true_cfg_scale` of Qwen-Image, 1 is off; or any `guidance` of models.guidance.
 
         `sigmas`: the noise levels before the shift, as in diffusers; `scheduler`: a name of models.schedule.
+        `lightning`: the model is a Lightning one of so many steps: they, no guidance and the schedule "lightning" are
+        then the defaults. Unless given, an active LoRA says it, by its title or its file's name; 0: it is none.
         `strength` (with `init_image`): 1 keeps nothing of it; `mask_image`: white where something new is drawn, the
         rest of `init_image` stays. `reference_images`: the pictures that a model edits, or of which it makes `layers`.
         output_type: "pil", "np" (uint8 [H, W, 3]) or "latent"; a model of layers gives a list of them for each picture.
@@ -457,6 +477,12 @@ class Pipeline(ABC):
         check_size(width, height)
         shape = self._latent_shape(width, height, layers)
         steps = self.default_steps if num_inference_steps is None else num_inference_steps
+        few = self._lightning(lightning)
+        if few:
+            steps = few[0] if num_inference_steps is None else num_inference_steps
+            scheduler, shift = scheduler or "lightning", self.default_shift if shift is None else shift
+            if guidance is None and all(x is None for x in (cfg_scale, guidance_scale, true_cfg_scale)):
+                cfg_scale = 1.0
         if guidance is None:
             guidance = self._guidance(cfg_scale, guidance_scale, true_cfg_scale, cfg_normalization, cfg_truncation)
         elif any(x is not None for x in (cfg_scale, guidance_scale, true_cfg_scale, cfg_normalization, cfg_truncation)):
@@ -491,6 +517,11 @@ class Pipeline(ABC):
             component.vram = None
         report = Report(residency=self.residency.report)
         report.loras = self.loras.report()
+        if few:
+            chosen = f"{len(levels) - 1} steps, guidance {'off' if guidance is None else 'on'}"
+            how = f"schedule {scheduler}" if sigmas is None else "sigmas as given"
+            report.lightning = f"Lightning, {few[1]}: {chosen}, {how}"
+            log.info("%s", report.lightning)
         tell = progress or (lambda phase, done, total: None)
 
         # 2. prompts

@@ -5,6 +5,7 @@ n + 1 values that fall strictly and end in 0; n is the number of steps.
 
     diffusers      1, 1 - 1/n, ..., 1/n, then the static shift: the reference pipeline of Z-Image
     qwen_image     the same, with a shift from the picture's size, then stretched to end at 0.02: that of Qwen-Image
+    lightning      the same with a static shift and not stretched: that of Qwen-Image's Lightning models
     the others     as stable-diffusion.cpp names and computes them, in float32; checked against version 0.4.7, and beta,
                    ltx2, logit_normal, flux2 and flux, which 0.4.7 does not have, against its source of August 2026
 
@@ -192,6 +193,11 @@ def qwen_image(n: int, _: float, n_positions: int) -> Float32:
     return shifted_by_size(np.linspace(1, 1 / n, n), qwen_image_mu(n_positions // 4), QWEN_TERMINAL)[:-1]
 
 
+def lightning(n: int, shift: float, _: int) -> Float32:
+    """What Qwen-Image's Lightning models were distilled with: a shift of 3 whatever the size, and no stretching."""
+    return shifted_by_size(np.linspace(1, 1 / n, n), math.log(shift))[:-1]
+
+
 def discrete(n: int, shift: float, _: int) -> Float32:
     """Entries of the table, evenly from the last to the first."""
     step = np.float32(N_TRAIN - 1) / np.float32(max(n - 1, 1))
@@ -345,6 +351,7 @@ def _beta_cdf(x: float, a: float, b: float) -> float:
 SCHEDULES: dict[str, Schedule] = {
     "diffusers": diffusers,
     "qwen_image": qwen_image,
+    "lightning": lightning,
     "discrete": discrete,
     "normal": discrete,
     "karras": karras,

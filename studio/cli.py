@@ -101,6 +101,8 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     lora.add_argument("--lora-model-dir", default=".", metavar="DIR", help="where the names of prompts are (.)")
     lora.add_argument("--lora-apply-mode", choices=("auto", "at_runtime", "immediately"), default="auto",
                       help="beside the weights, or merged into what it changes (docs/lora.md)")  # fmt: skip
+    lora.add_argument("--lightning", type=_few_steps, metavar="N|off|auto",
+                      help="steps, guidance and schedule of a Lightning model of N steps; auto: as a LoRA is called")
     picture = parser.add_argument_group("picture")
     picture.add_argument("-n", "--negative-prompt", default="", metavar="TEXT", help="what to keep out (cfg-scale > 1)")
     picture.add_argument("-W", "--width", type=int, metavar="PX", help="a multiple of 8; the model's own size")
@@ -159,6 +161,15 @@ def _size(text: str) -> int:
     if n_bytes < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no size such as 6G or 800M")
     return n_bytes
+
+
+def _few_steps(text: str) -> int | None:
+    """None of "auto", 0 of "off", else a number of steps."""
+    if text in ("auto", "off"):
+        return None if text == "auto" else 0
+    if not text.isascii() or not text.isdigit() or not 1 <= int(text) <= 100:
+        raise argparse.ArgumentTypeError(f"{text!r} is not auto, off or a number of steps in 1..100")
+    return int(text)
 
 
 _CONVERT = """Write a model as one gguf or safetensors file, in other types if asked for. Names and metadata stay.

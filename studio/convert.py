@@ -55,8 +55,8 @@ def convert(args: argparse.Namespace) -> int:
 
 def _merged(checkpoint: Checkpoint, options: list[str]) -> dict[str, Change]:
     """What --lora does to the tensors; says on stderr how many keys of each file that were."""
+    from models import for_merging
     from models.lora import changes_of
-    from models.z_image.components import for_merging
 
     named, role, naming = for_merging(checkpoint)
     changes, reports = changes_of(named, role, naming, [parse_option(text) for text in options])

@@ -36,10 +36,11 @@ def generate(args: argparse.Namespace) -> int:
     import models
 
     family = models.pipeline_for(files[0])
+    wanted_loras = loras.find_all(tags, args.lora, args.lora_model_dir)
+    _set_lightning(args, family, wanted_loras)
     of_family = _of_family(args, family)
     options = _load_options(args)
     backend, params_backend = _devices(args)
-    wanted_loras = loras.find_all(tags, args.lora, args.lora_model_dir)
     outputs = _outputs(args.output, args.batch_count)
     report = Path(args.report) if args.report else None
     for path in [*outputs, *([report] if report else [])] if args.command == "generate" else []:
@@ -101,7 +102,7 @@ def generate(args: argparse.Namespace) -> int:
             result = pipe(
                 prompt, **shape, num_inference_steps=args.steps, sigmas=sigmas, scheduler=args.scheduler, shift=shift,
                 eta=args.eta, seed=seed, rng=args.rng, init_image=args.init_img, mask_image=args.mask,
-                strength=strength, output_type="np", progress=bars, on_image=save,
+                strength=strength, lightning=args.lightning, output_type="np", progress=bars, on_image=save,
             )  # fmt: skip
     if report:
         data = result.report.to_dict()
@@ -168,6 +169,28 @@ def _models(args: argparse.Namespace) -> tuple[str, str, str]:
     elif missing:
         raise ValueError(f"{' and '.join(missing)} missing: a model is three files (or none of them, for the demo)")
     return args.diffusion_model, args.llm, args.vae
+
+
+def _set_lightning(args: argparse.Namespace, family: Any, wanted: Sequence[tuple[str, float]]) -> None:
+    """The steps, the guidance and the schedule of Lightning models into `args` where they are not given, as the
+    pipeline would choose them, when --lightning or the name of a LoRA says so.
+    """
+    if args.lightning and not family.has_lightning:
+        raise ValueError("--lightning is for Qwen-Image")
+    steps, why = args.lightning, ""
+    if steps is None and family.has_lightning and args.compat != "sd.cpp":
+        found = ((loras.lightning(path), path) for path, weight in wanted if weight > 0)
+        steps, why = next(((n, path) for n, path in found if n), (0, ""))
+    if not steps:
+        return
+    usual = {"cfg_scale": 1.0} | ({} if args.sigmas else {"steps": steps, "scheduler": "lightning"})
+    for name, value in usual.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    if why:
+        chosen = ", ".join(f"--{name.replace('_', '-')} {getattr(args, name)}" for name in usual)
+        print(f"note: {os.path.basename(why)} is a Lightning LoRA: {chosen} (--lightning off: as without it)",
+              file=sys.stderr)  # fmt: skip
 
 
 def _of_family(args: argparse.Namespace, family: Any) -> dict[str, Any]:

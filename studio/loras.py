@@ -77,6 +77,15 @@ def find_all(tags: Sequence[tuple[str, float]], options: Sequence[str], folder: 
     return found
 
 
+def lightning(path: str) -> int | None:
+    """The steps of a Lightning LoRA, None for another one. LoadError."""
+    from loader.lora import open_lora
+    from models.lora import lightning_steps
+
+    with open_lora(path) as lora:
+        return lightning_steps(path, lora.checkpoint.metadata)
+
+
 def _listing(folder: Path) -> list[str]:
     try:
         return sorted(os.listdir(folder))

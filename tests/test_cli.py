@@ -116,6 +116,7 @@ def test_every_option_in_sd_clis_spelling_reaches_the_pipeline(
         default_steps = 8
         default_cfg_scale = 1.0
         edits = False
+        has_lightning = True
 
         def __call__(self, prompt: str, **options: Any) -> Any:
             called.update(options, prompt=prompt)
@@ -140,7 +141,7 @@ def test_every_option_in_sd_clis_spelling_reaches_the_pipeline(
         "--sigmas", "1,0.5,0", "--flow-shift", "4", "--rng", "cuda", "--init-img", "start.png", "--strength", "0.9",
         "--batch-count", "2", "--threads", "2", "--no-mmap", "--compat", "sd.cpp", "--eta", "0.5",
         "--backend", "*=cpu", "--vae-on-cpu", "--lora-apply-mode", "at_runtime", "--max-ram", "6G",
-        "--params-backend", "clip=disk", "--mask", "start.png", "--max-vram", "4G", capsys=capsys,
+        "--params-backend", "clip=disk", "--mask", "start.png", "--max-vram", "4G", "--lightning", "off", capsys=capsys,
     )  # fmt: skip
     assert err == "warning: width 60 is no multiple of 8, 64 is used\nerror: enough\n" and code == 2
     assert called.pop("progress") and called.pop("on_image")
@@ -153,7 +154,7 @@ def test_every_option_in_sd_clis_spelling_reaches_the_pipeline(
         "sigmas": [1.0, 0.5, 0.0], "scheduler": None, "shift": 4.0, "method": "euler_a",
         "eta": 0.5, "seed": 5, "num_images_per_prompt": 2, "rng": "cuda", "init_image": "start.png", "strength": 0.9,
         "output_type": "np", "closed": True, "lora_apply_mode": "at_runtime", "memory_limit": 6 << 30,
-        "max_vram": 4 << 30,
+        "max_vram": 4 << 30, "lightning": 0,
     }  # fmt: skip
     run("generate", "p", "-t", "-1", "--steps", "3", "--scheduler", "karras", "--sigmas", "", capsys=capsys)
     assert called["n_threads"] is None and called["scheduler"] == "karras" and called["num_inference_steps"] == 3

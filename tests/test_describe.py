@@ -38,9 +38,12 @@ LAYOUTS = [
     ("autoencoder", "Flux autoencoder", ["decoder.conv_in.weight", "decoder.mid_block.resnets.0.norm1.weight"]),
     ("autoencoder", "Qwen-Image (Wan) autoencoder", ["decoder.middle.0.residual.0.gamma", "conv1.weight"]),
     ("autoencoder", "Qwen-Image (Wan) autoencoder", ["decoder.mid_block.resnets.0.norm1.gamma", "quant_conv.weight"]),
-    ("lora", "LoRA", ["diffusion_model.layers.0.attention.qkv.lora_A.weight"]),
-    ("lora", "LoRA", ["lora_unet_layers_0_attention_qkv.lora_down.weight", "x.alpha"]),
-    ("lora", "LoRA", ["transformer.layers.0.attention.to_q.lokr_w1"]),
+    ("lora", "LoRA for Z-Image", ["diffusion_model.layers.0.attention.qkv.lora_A.weight"]),
+    ("lora", "LoRA for Z-Image", ["lora_unet_layers_0_attention_qkv.lora_down.weight", "x.alpha"]),
+    ("lora", "LoRA for Z-Image", ["transformer.layers.0.attention.to_q.lokr_w1"]),
+    ("lora", "LoRA for Qwen-Image", ["transformer_blocks.0.attn.to_q.lora_down.weight",
+                                     "transformer_blocks.0.img_mlp.net.2.alpha"]),
+    ("lora", "LoRA", ["transformer_blocks.0.attn.to_q.lora_A.weight"]),
 ]  # fmt: skip
 
 

@@ -14,6 +14,7 @@ from .. import autoencoder_qwen, qwen25_vision, qwen25_vl
 from ..autoencoder_qwen import QwenAutoencoder, QwenAutoencoderConfig
 from ..component import Component, Load, require
 from ..devices import Place
+from ..lora import Naming
 from ..pipeline import Compat, Path
 from ..qwen25_vision import Qwen25Vision, VisionConfig
 from ..qwen25_vl import Qwen25VL, Qwen25VLConfig
@@ -21,6 +22,7 @@ from . import transformer as net
 from .transformer import QwenImageConfig, QwenImageTransformer
 
 ARCHITECTURES = ("Qwen-Image", "Qwen-Image Layered")
+LANGUAGE_MODELS = ("Qwen2.5-VL", "Qwen2 or Qwen2.5-VL")
 _PREFIXES = ("text_encoders.llm.", "text_encoders.qwen25_7b.transformer.")
 _TOWER = r"^(?:v|mm|(?:model\.)?visual)\..*$"  # tensors of the vision tower
 
@@ -107,9 +109,21 @@ def check_together(text_encoder: Component, transformer: Component, vae: Compone
         raise LoadError(problem, path=vae.checkpoint.path)
 
 
+def for_merging(checkpoint: Checkpoint) -> tuple[Checkpoint, str, Naming] | None:
+    """A file under the model's names, its role, and how LoRA files name its modules. None for other models."""
+    found = describe(checkpoint)
+    if found.role == "diffusion model" and found.architecture in ARCHITECTURES:
+        named = checkpoint.without_prefix("model.diffusion_model.").renamed(net.RENAMES)
+        return named, "transformer", QwenImageTransformer.naming
+    if found.role == "text encoder" and found.architecture in LANGUAGE_MODELS:
+        named = _without_prefixes(checkpoint, *_PREFIXES).renamed(qwen25_vl.RENAMES)
+        return named, "text_encoder", Qwen25VL.naming
+    return None
+
+
 def _open_llm(path: Path) -> Checkpoint:
     checkpoint = open_checkpoint(path)
-    require(checkpoint, "text encoder", ("Qwen2.5-VL", "Qwen2 or Qwen2.5-VL"), "--llm")
+    require(checkpoint, "text encoder", LANGUAGE_MODELS, "--llm")
     return _without_prefixes(checkpoint, *_PREFIXES)
 
 

@@ -56,6 +56,7 @@ class QwenImagePipeline(Pipeline):
     default_steps = 50
     default_cfg_scale = 4.0
     edits = True
+    has_lightning = True
     default_layers: ClassVar[int] = 4
 
     def __init__(

@@ -6,7 +6,6 @@ from dataclasses import replace
 
 from loader.checkpoint import Checkpoint, open_checkpoint
 from loader.describe import describe
-from loader.errors import LoadError
 from loader.options import LoadOptions
 from loader.params import load_params
 
@@ -63,8 +62,8 @@ def open_autoencoder(
     return Component("vae", AutoencoderKL(config, encoder=encoder), checkpoint, place, options, load)
 
 
-def for_merging(checkpoint: Checkpoint) -> tuple[Checkpoint, str, Naming]:
-    """A file under the model's names, its role, and how LoRA files name its modules. LoadError for other models."""
+def for_merging(checkpoint: Checkpoint) -> tuple[Checkpoint, str, Naming] | None:
+    """A file under the model's names, its role, and how LoRA files name its modules. None for other models."""
     found = describe(checkpoint)
     if (found.role, found.architecture) == ("diffusion model", "Z-Image"):
         return checkpoint.without_prefix("model.diffusion_model.").renamed(net.RENAMES), "transformer", net.NAMING
@@ -72,5 +71,4 @@ def for_merging(checkpoint: Checkpoint) -> tuple[Checkpoint, str, Naming]:
         # the last layer takes part here: what is not computed in Z-Image is in the file all the same
         naming = Naming(qwen3.ALIASES, unused=r"(norm|output_norm|lm_head|output)$")
         return checkpoint.without_prefix("text_encoders.llm.").renamed(qwen3.RENAMES), "text_encoder", naming
-    message = f"{found.sentence()}: LoRAs are merged into Z-Image's transformer and its text encoder"
-    raise LoadError(message, kind="Unsupported", path=checkpoint.path)
+    return None
