@@ -1,9 +1,12 @@
 """Time one picture with pyggml and with stable-diffusion-cpp-python on the same files, alternating, in one run.
 
     python benchmarks/compare.py --llm qwen3-q8_0.gguf --vae ae.safetensors q4_K=zimage-q4_K.gguf q8_0=zimage-q8_0.gguf
+    python benchmarks/compare.py --llm qwen25vl-q4_K.gguf --vae qwen-vae.safetensors q4_K=qwen-image-q4_K.gguf
 
-Each run is a process of its own. Phases are each program's own report of them; `rest` is the process from start to end
-minus the phases. Medians over the rounds; ratio is theirs / ours, from the medians. Prints a table and one JSON line.
+Each run is a process of its own. Phases are each program's own report of them; `before the steps` is what pyggml
+computes of the prompt and of all noise levels once, where the peer does so in each step; `rest` is the process from
+start to end minus the phases. Major faults are pages that the process has waited for the
+disk for. Medians over the rounds; ratio is theirs / ours, from the medians. Prints a table and one JSON line.
 The peer's interpreter (with stable-diffusion-cpp-python==0.4.7) is --peer-python or $PYGGML_PEER_PYTHON; without one
 only pyggml is timed. Shares of the machine's peaks come from benchmarks/peak.c, compiled and run beside.
 """
@@ -25,20 +28,23 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 PROMPT = "a photo of a red fox in the snow, early morning light, film grain"
-PHASES = ("text encoder", "step", "decode", "rest", "peak RSS", "anonymous")
-SECONDS = PHASES[:4]
+PHASES = ("load", "text encoder", "before the steps", "step", "decode", "rest", "wall", "major faults", "peak RSS",
+          "anonymous")  # fmt: skip
+SECONDS = PHASES[:7]
+ENCODER_STEP_DECODER = ("the text encoder", "the transformer", "the decoder")  # stages of a report
 
 # Runs inside the peer's interpreter. Its phases are read from its own log.
 PEER = r"""
-import json, os, sys
+import json, os, resource, sys
 a = json.loads(sys.argv[1])
 from stable_diffusion_cpp import StableDiffusion
 sd = StableDiffusion(diffusion_model_path=a["dit"], llm_path=a["llm"], vae_path=a["vae"], n_threads=a["threads"],
                      enable_mmap=True, verbose=True)
-sd.generate_image(prompt=a["prompt"], width=a["size"], height=a["size"], cfg_scale=1.0, sample_steps=a["steps"],
+sd.generate_image(prompt=a["prompt"], width=a["size"], height=a["size"], cfg_scale=a["cfg"], sample_steps=a["steps"],
                   seed=42, sample_method="euler", scheduler="simple")
 rows = dict(line.split(":", 1) for line in open("/proc/self/status"))
-print("@@" + json.dumps({k: int(rows[k].split()[0]) * 1024 for k in ("VmHWM", "RssAnon")}), flush=True)
+found = {k: int(rows[k].split()[0]) * 1024 for k in ("VmHWM", "RssAnon")}
+print("@@" + json.dumps({**found, "faults": resource.getrusage(resource.RUSAGE_SELF).ru_majflt}), flush=True)
 os._exit(0)
 """
 
@@ -51,24 +57,29 @@ def time_ours(dit: str, args: argparse.Namespace) -> Figures:
         command = [
             sys.executable, "-m", "studio.cli", "generate", PROMPT, "-o", str(Path(folder, "out.png")),
             "--diffusion-model", dit, "--llm", args.llm, "--vae", args.vae, "-W", str(args.size), "-H", str(args.size),
-            "--steps", str(args.steps), "-t", str(args.threads), "--report", str(report),
+            "--steps", str(args.steps), "--cfg-scale", str(args.cfg_scale), "-t", str(args.threads), "--report",
+            str(report),
         ]  # fmt: skip
         start = time.perf_counter()
         subprocess.run(command, check=True, cwd=HERE.parent, stdout=subprocess.DEVNULL)
         wall = time.perf_counter() - start
         data = json.loads(report.read_text())
-    seconds = data["seconds"]
-    steps = sum(data["step_seconds"])
+    seconds, stages, steps = data["seconds"], data["stages"], data["step_seconds"]
+    # The first step's time has what is computed before it.
+    before = sum(s["seconds"] for name, s in stages.items() if name not in ENCODER_STEP_DECODER)
+    phases = {"load": seconds["load"], "text encoder": seconds["text_encoder"], "before the steps": before,
+              "decode": seconds["decode"]}  # fmt: skip
     return {
-        "text encoder": seconds["text_encoder"], "step": statistics.median(data["step_seconds"]),
-        "decode": seconds["decode"], "rest": wall - seconds["text_encoder"] - steps - seconds["decode"],
-        "peak RSS": data["memory"]["peak_rss"], "anonymous": data["anonymous_peak"], "wall": wall,
+        **phases, "step": statistics.median([steps[0] - before, *steps[1:]]),
+        "rest": wall - sum(phases.values()) - sum(steps) + before, "wall": wall,
+        "major faults": sum(s["major_faults"] for s in stages.values()),
+        "peak RSS": data["memory"]["peak_rss"], "anonymous": data["anonymous_peak"],
     }  # fmt: skip
 
 
 def time_peer(dit: str, args: argparse.Namespace) -> Figures:
     settings = {"dit": dit, "llm": args.llm, "vae": args.vae, "threads": args.threads, "size": args.size,
-                "steps": args.steps, "prompt": PROMPT}  # fmt: skip
+                "steps": args.steps, "prompt": PROMPT, "cfg": args.cfg_scale}  # fmt: skip
     start = time.perf_counter()
     run = subprocess.run(
         [args.peer_python, "-c", PEER, json.dumps(settings)], capture_output=True, text=True, check=False
@@ -86,8 +97,8 @@ def time_peer(dit: str, args: argparse.Namespace) -> Figures:
     decode = seconds("decode_first_stage completed, taking")
     found = json.loads(memory[1])
     return {"text encoder": text, "step": sampling / args.steps, "decode": decode,
-            "rest": wall - text - sampling - decode, "peak RSS": found["VmHWM"], "anonymous": found["RssAnon"],
-            "wall": wall}  # fmt: skip
+            "rest": wall - text - sampling - decode, "wall": wall, "major faults": found["faults"],
+            "peak RSS": found["VmHWM"], "anonymous": found["RssAnon"]}  # fmt: skip
 
 
 def warm(*files: str) -> None:
@@ -120,13 +131,21 @@ def step_operations(dit: str, size: int) -> float:
     from loader.checkpoint import open_checkpoint
     from models.z_image.transformer import padded
 
-    n_image, n_caption = padded((size // 16) ** 2), 32
     total = 0.0
-    for name, info in open_checkpoint(dit).items():
-        if len(info.ne) == 2 and min(info.ne) > 1 and "adaLN" not in name and "t_embedder" not in name:
-            tokens = n_image + n_caption if name.startswith("layers.") else n_image
-            if not name.startswith(("context_refiner.", "cap_embedder.")):
-                total += 2.0 * info.ne[0] * info.ne[1] * tokens
+    checkpoint = open_checkpoint(dit)
+    n_text = 25
+    for name, info in checkpoint.items():
+        if len(info.ne) != 2 or min(info.ne) <= 1:
+            continue
+        if "txt_in.weight" in checkpoint:  # Qwen-Image
+            n_image = (size // 16) ** 2
+            tokens = n_text if "txt" in name or ".add_" in name or "to_add_out" in name else n_image
+            once = "_mod." in name or name.startswith(("txt_in.", "time_text_embed.", "norm_out."))
+        else:
+            n_image = padded((size // 16) ** 2)
+            tokens = n_image + padded(n_text) if name.startswith("layers.") else n_image
+            once = "adaLN" in name or "t_embedder" in name or name.startswith(("context_refiner.", "cap_embedder."))
+        total += 0.0 if once else 2.0 * info.ne[0] * info.ne[1] * tokens
     return total
 
 
@@ -137,6 +156,8 @@ def main() -> None:
     parser.add_argument("--vae", required=True)
     parser.add_argument("--size", type=int, default=256)
     parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--cfg-scale", type=float, default=1.0)
+    parser.add_argument("--no-warm", action="store_true", help="do not read the files before each run")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--peer-python", default=os.environ.get("PYGGML_PEER_PYTHON"))
@@ -154,7 +175,8 @@ def main() -> None:
         for _ in range(args.rounds):
             for runs, run in ((ours, time_ours), (peer, time_peer)):
                 if run is time_ours or args.peer_python:
-                    warm(path, args.llm, args.vae)
+                    if not args.no_warm:
+                        warm(path, args.llm, args.vae)
                     runs.append(run(path, args))
         row = {"ours": {k: statistics.median(r[k] for r in ours) for k in ours[0]}}
         if peer:
@@ -174,10 +196,16 @@ def _print_table(name: str, row: dict[str, Figures]) -> None:
     print(f"\n| {name} | pyggml | stable-diffusion.cpp | ratio |\n|---|---|---|---|")
     for phase in PHASES:
         ours, peer = row["ours"][phase], row.get("peer", {}).get(phase)
-        unit, scale = ("s", 1.0) if phase in SECONDS else ("GB", 1e9)
-        theirs = "" if peer is None else f"{peer / scale:.2f} {unit}"
-        ratio = "" if peer is None or not ours else f"{peer / ours:.1f}x"
-        print(f"| {phase} | {ours / scale:.2f} {unit} | {theirs} | {ratio} |")
+        ratio = f"{peer / ours:.1f}x" if peer is not None and ours else ""
+        print(f"| {phase} | {_shown(phase, ours)} | {_shown(phase, peer)} | {ratio} |")
+
+
+def _shown(phase: str, value: float | None) -> str:
+    if value is None:
+        return ""
+    if phase in SECONDS:
+        return f"{value:.2f} s"
+    return f"{value:,.0f}" if phase == "major faults" else f"{value / 1e9:.2f} GB"
 
 
 if __name__ == "__main__":

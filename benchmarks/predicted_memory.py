@@ -27,6 +27,7 @@ def run(dit: str, args: argparse.Namespace, options: list[str]) -> dict[str, Any
             sys.executable, "-m", "studio.cli", "generate", "a red fox in the snow", "--diffusion-model", dit,
             "--llm", os.path.abspath(args.llm), "--vae", os.path.abspath(args.vae), "-W", str(args.size), "-H",
             str(args.size), "--steps", str(args.steps), "-t", str(args.threads), "-o", str(Path(folder, "out.png")),
+            "--cfg-scale", str(args.cfg_scale),
             "--report", str(report), *options,
         ]  # fmt: skip
         subprocess.run(command, check=True, cwd=HERE.parent, stdout=subprocess.DEVNULL)
@@ -41,6 +42,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=256)
     parser.add_argument("--steps", type=int, default=1)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--cfg-scale", type=float, default=1.0)
     parser.add_argument("--max-ram", action="append", default=[], help="also with this limit; may be repeated")
     args = parser.parse_args()
     results = []

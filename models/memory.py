@@ -12,6 +12,11 @@ from loader.params import LoadReport
 
 from .streaming import VramReport
 
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
+
 
 @dataclass(frozen=True)
 class Memory:
@@ -41,11 +46,37 @@ class Memory:
 
 
 @dataclass
+class Stage:
+    """What graphs of one kind took together: `major_faults` are the whole process's, 0 where the system counts none."""
+
+    runs: int = 0
+    seconds: float = 0.0
+    major_faults: int = 0
+
+    @contextmanager
+    def one(self) -> Iterator[None]:
+        """Count the `with` body as a run."""
+        start, faults = time.perf_counter(), major_faults()
+        try:
+            yield
+        finally:
+            self.runs += 1
+            self.seconds += time.perf_counter() - start
+            self.major_faults += major_faults() - faults
+
+
+def major_faults() -> int:
+    """Pages that this process has had to wait for the disk for, so far; 0 where the system does not say."""
+    return 0 if resource is None else resource.getrusage(resource.RUSAGE_SELF).ru_majflt
+
+
+@dataclass
 class Report:
     """What a run did: seconds per phase, each step's seconds, how the weights came to rest, memory."""
 
     seconds: dict[str, float] = field(default_factory=dict)
     step_seconds: list[float] = field(default_factory=list)
+    stages: dict[str, Stage] = field(default_factory=dict)  # "the transformer", ...: what was computed in the phases
     components: dict[str, LoadReport] = field(default_factory=dict)
     memory: Memory | None = None
     anonymous_peak: int = 0

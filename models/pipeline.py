@@ -31,7 +31,7 @@ from .compute import first_bad_op
 from .guidance import Guidance
 from .inpainting import Inpainting, latent_mask
 from .lora import MAX_LORAS, ApplyMode, Loras, Target, check_weight
-from .memory import Report
+from .memory import Report, Stage
 from .prediction import Phase
 from .residency import Residency
 from .rng import RNG, make_rng
@@ -125,6 +125,7 @@ class Pipeline(ABC):
         self.vae_tile: tuple[int, int] | None = None
         self.smaller_vae_tile = tiles.DEFAULT
         self._tiles: dict[str, tuple[int, int]] = {}
+        self._stages: dict[str, Stage] = {}
         named = {"text_encoder": text_encoder, "transformer": transformer}
         targets = {
             name: Target(c.module, c.weights, c.checkpoint, c.backend, c.module.naming, c.place.resting, c.options)
@@ -511,11 +512,11 @@ class Pipeline(ABC):
                 raise ValueError("mask_image needs init_image, the picture of which a part is drawn anew")
             mask = latent_mask(image.read_mask(mask_image, width, height), SIZE_MULTIPLE, self.compat)
         self._check_unchanged()
-        self._tiles = {}
+        self._tiles, self._stages = {}, {}
         self.residency.begin()
         for component in self.components():
             component.vram = None
-        report = Report(residency=self.residency.report)
+        report = Report(residency=self.residency.report, stages=self._stages)
         report.loras = self.loras.report()
         if few:
             chosen = f"{len(levels) - 1} steps, guidance {'off' if guidance is None else 'on'}"
@@ -630,10 +631,12 @@ class Pipeline(ABC):
             stream.prepare(graph)
         graph.set(**inputs)
         self._check_cancelled()  # right before the backend, which from here on is stopped within one operation
-        if stream is not None:
-            stream.run(graph)
-        else:
-            self.residency.run(graph, stage.partition(" at ")[0])
+        kind = stage.partition(" at ")[0]
+        with self._stages.setdefault(kind, Stage()).one():
+            if stream is not None:
+                stream.run(graph)
+            else:
+                self.residency.run(graph, kind)
         self._check_cancelled()
         outputs = {name: tensor.numpy() for name, tensor in graph.outputs.items()}
         for array in outputs.values():

@@ -9,6 +9,12 @@
 #include "ggml.h"
 #include "simd.h"
 
+static inline vf gelu(vf v) {
+    // (1 + tanh u) / 2 = 1 / (1 + exp(-2 u))
+    const vf u = v * (0.7978845608f + 0.0356774081f * v * v);
+    return v / (1.0f + exponential(-2.0f * u));
+}
+
 static void compute_gelu(struct ggml_tensor * dst, int ith, int nth, void * userdata) {
     const struct ggml_tensor * x = dst->src[0];
     const float * bias = userdata ? dst->src[1]->data : NULL;
@@ -16,15 +22,14 @@ static void compute_gelu(struct ggml_tensor * dst, int ith, int nth, void * user
     for (int64_t r = rows * ith / nth; r < rows * (ith + 1) / nth; r++) {
         const float * in = (const float *) x->data + r * n;
         float * out = (float *) dst->data + r * n;
-        for (int64_t i = 0; i < n; i += LANES) {
-            const size_t bytes = (size_t) (n - i < LANES ? n - i : LANES) * sizeof(float);
+        int64_t i = 0;
+        for (; i + LANES <= n; i += LANES) store(out + i, gelu(bias ? load(in + i) + load(bias + i) : load(in + i)));
+        if (i < n) {
+            const size_t bytes = (size_t) (n - i) * sizeof(float);
             vf v = {0}, b = {0};
             memcpy(&v, in + i, bytes);
             if (bias) memcpy(&b, bias + i, bytes);
-            v += b;
-            // (1 + tanh u) / 2 = 1 / (1 + exp(-2 u))
-            const vf u = v * (0.7978845608f + 0.0356774081f * v * v);
-            v = v / (1.0f + exponential(-2.0f * u));
+            v = gelu(v + b);
             memcpy(out + i, &v, bytes);
         }
     }

@@ -205,6 +205,13 @@ def test_the_report(in_folder: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert list(seconds) == ["load", "text_encoder", "denoise", "decode", "total"]
     assert 0 < sum(seconds.values()) - seconds["total"] <= seconds["total"] * 1.001
     assert len(report["step_seconds"]) == 2 and sum(report["step_seconds"]) <= seconds["denoise"] + 0.01
+    stages = report["stages"]
+    assert {name: stage["runs"] for name, stage in stages.items()} == {
+        "the text encoder": 1, "the caption's refiner": 1, "the transformer": 2, "the decoder": 1
+    }  # fmt: skip
+    assert 0 < sum(stage["seconds"] for stage in stages.values()) < seconds["total"]
+    assert stages["the transformer"]["seconds"] <= sum(report["step_seconds"]) + 0.01
+    assert all(stage["major_faults"] >= 0 for stage in stages.values())
     assert set(report["components"]) == {"qwen3", "z_image", "vae"}
     for component in report["components"].values():
         assert component["n_mapped"] + component["n_copied"] == component["n_tensors"] > 30
