@@ -5,8 +5,9 @@
 
 Each run is a process of its own. Phases are each program's own report of them; `before the steps` is what pyggml
 computes of the prompt and of all noise levels once, where the peer does so in each step; `rest` is the process from
-start to end minus the phases. Major faults are pages that the process has waited for the
-disk for. Medians over the rounds; ratio is theirs / ours, from the medians. Prints a table and one JSON line.
+start to end minus the phases. Major faults are pages that the process has waited for the disk for; `stolen` is the
+share of the time of all processors that the host gave to other machines. Medians over the rounds; ratio is theirs /
+ours, from the medians. Prints a table, what was done about memory, and one JSON line.
 The peer's interpreter (with stable-diffusion-cpp-python==0.4.7) is --peer-python or $PYGGML_PEER_PYTHON; without one
 only pyggml is timed. Shares of the machine's peaks come from benchmarks/peak.c, compiled and run beside.
 """
@@ -23,13 +24,14 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
 PROMPT = "a photo of a red fox in the snow, early morning light, film grain"
 PHASES = ("load", "text encoder", "before the steps", "step", "decode", "rest", "wall", "major faults", "peak RSS",
-          "anonymous")  # fmt: skip
+          "predicted", "anonymous", "stolen")  # fmt: skip
 SECONDS = PHASES[:7]
 ENCODER_STEP_DECODER = ("the text encoder", "the transformer", "the decoder")  # stages of a report
 
@@ -65,6 +67,7 @@ def time_ours(dit: str, args: argparse.Namespace) -> Figures:
         wall = time.perf_counter() - start
         data = json.loads(report.read_text())
     seconds, stages, steps = data["seconds"], data["stages"], data["step_seconds"]
+    print("\n".join(data["residency"]["decisions"]), flush=True)
     # The first step's time has what is computed before it.
     before = sum(s["seconds"] for name, s in stages.items() if name not in ENCODER_STEP_DECODER)
     phases = {"load": seconds["load"], "text encoder": seconds["text_encoder"], "before the steps": before,
@@ -73,7 +76,8 @@ def time_ours(dit: str, args: argparse.Namespace) -> Figures:
         **phases, "step": statistics.median([steps[0] - before, *steps[1:]]),
         "rest": wall - sum(phases.values()) - sum(steps) + before, "wall": wall,
         "major faults": sum(s["major_faults"] for s in stages.values()),
-        "peak RSS": data["memory"]["peak_rss"], "anonymous": data["anonymous_peak"],
+        "peak RSS": data["memory"]["peak_rss"], "predicted": data["predicted"]["peak_rss"],
+        "anonymous": data["anonymous_peak"],
     }  # fmt: skip
 
 
@@ -99,6 +103,24 @@ def time_peer(dit: str, args: argparse.Namespace) -> Figures:
     return {"text encoder": text, "step": sampling / args.steps, "decode": decode,
             "rest": wall - text - sampling - decode, "wall": wall, "major faults": found["faults"],
             "peak RSS": found["VmHWM"], "anonymous": found["RssAnon"]}  # fmt: skip
+
+
+def host_time() -> tuple[float, float]:
+    """Ticks of all processors so far that the host gave to others, and all ticks; zeros where no system says so."""
+    try:
+        with open("/proc/stat", encoding="ascii") as file:
+            ticks = [float(n) for n in file.readline().split()[1:9]]
+    except OSError:
+        return 0.0, 0.0
+    return ticks[7], sum(ticks)
+
+
+def watched(run: Callable[[str, argparse.Namespace], Figures], dit: str, args: argparse.Namespace) -> Figures:
+    """A run, and the share of the processors' time in it that the host gave to other machines."""
+    stolen, ticks = host_time()
+    figures = run(dit, args)
+    after = host_time()
+    return {**figures, "stolen": (after[0] - stolen) / max(1.0, after[1] - ticks)}
 
 
 def warm(*files: str) -> None:
@@ -177,7 +199,7 @@ def main() -> None:
                 if run is time_ours or args.peer_python:
                     if not args.no_warm:
                         warm(path, args.llm, args.vae)
-                    runs.append(run(path, args))
+                    runs.append(watched(run, path, args))
         row = {"ours": {k: statistics.median(r[k] for r in ours) for k in ours[0]}}
         if peer:
             row["peer"] = {k: statistics.median(r[k] for r in peer) for k in peer[0]}
@@ -195,7 +217,7 @@ def main() -> None:
 def _print_table(name: str, row: dict[str, Figures]) -> None:
     print(f"\n| {name} | pyggml | stable-diffusion.cpp | ratio |\n|---|---|---|---|")
     for phase in PHASES:
-        ours, peer = row["ours"][phase], row.get("peer", {}).get(phase)
+        ours, peer = row["ours"].get(phase), row.get("peer", {}).get(phase)
         ratio = f"{peer / ours:.1f}x" if peer is not None and ours else ""
         print(f"| {phase} | {_shown(phase, ours)} | {_shown(phase, peer)} | {ratio} |")
 
@@ -205,6 +227,8 @@ def _shown(phase: str, value: float | None) -> str:
         return ""
     if phase in SECONDS:
         return f"{value:.2f} s"
+    if phase == "stolen":
+        return f"{100 * value:.0f} %"
     return f"{value:,.0f}" if phase == "major faults" else f"{value / 1e9:.2f} GB"
 
 
