@@ -121,6 +121,8 @@ class Pipeline(ABC):
         self._opened = opened  # backends to close with it: what was given stays its giver's
         self.default_size = default_size
         self.find_bad_op = False  # compute again, operation by operation, when a result is not finite
+        # Computes a graph that is set, in place of the pipeline: look(stage, graph), for who looks at each operation.
+        self.look: Callable[[str, Graph], object] | None = None
         # The autoencoder's tiles, (height, width) in latent pixels: those to use always, and those for want of memory.
         self.vae_tile: tuple[int, int] | None = None
         self.smaller_vae_tile = tiles.DEFAULT
@@ -635,6 +637,8 @@ class Pipeline(ABC):
         with self._stages.setdefault(kind, Stage()).one():
             if stream is not None:
                 stream.run(graph)
+            elif self.look is not None:
+                self.look(stage, graph)
             else:
                 self.residency.run(graph, kind)
         self._check_cancelled()

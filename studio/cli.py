@@ -1,4 +1,4 @@
-"""The command `pyggml`: generate, plan, convert, inspect, devices. Options are spelled as in sd-cli.
+"""The command `pyggml`: generate, plan, compare-backends, convert, inspect, devices. Options are spelled as in sd-cli.
 
 Exit codes: 0; 2 for bad input or a bad file, with one line `error: ...` on stderr; 1 when we fail; 130 after Ctrl-C.
 Nothing heavy is imported before a command runs.
@@ -36,6 +36,10 @@ def make_parser() -> argparse.ArgumentParser:
     _add_generate(plan)
     plan.add_argument("--json", action="store_true", help="as JSON")
     plan.set_defaults(dry_run=True)
+    _add_compare(
+        commands.add_parser("compare-backends", help="find the operation that two devices disagree about",
+                            description=_COMPARE, allow_abbrev=False)
+    )  # fmt: skip
     _add_convert(
         commands.add_parser("convert", help="write a model in other types", description=_CONVERT, allow_abbrev=False)
     )
@@ -150,6 +154,18 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     running.add_argument("-v", "--verbose", action="store_true", help="say what is loaded and done")
 
 
+_COMPARE = """Draw a picture in one step, and compute each operation on a second device too, from the same inputs. Says
+for each part of the model how many operations were compared, and the first whose results differ by more than the
+tolerance; the exit code is then 1. Options are those of `generate`; nothing is written."""
+
+
+def _add_compare(parser: argparse.ArgumentParser) -> None:
+    _add_generate(parser)
+    parser.add_argument("--with", dest="compare_with", default="cpu", metavar="NAME", help="the second device (cpu)")
+    parser.add_argument("--tolerance", type=float, default=0.01, metavar="X",
+                        help="of a result: length of the difference by its length (0.01)")  # fmt: skip
+
+
 def _size(text: str) -> int:
     """Bytes of "6G", "1.5g", "800M": powers of 1024, as container tools count."""
     units = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
@@ -232,11 +248,12 @@ def _run(args: argparse.Namespace) -> int:
         from .about import run_rpc_server
 
         return run_rpc_server(args)
-    if args.command in ("generate", "plan") and args.list_devices:
+    draws = args.command in ("generate", "plan", "compare-backends")
+    if draws and args.list_devices:
         from .about import list_devices
 
         return list_devices(as_json=False)
-    if args.command in ("generate", "plan"):
+    if draws:
         import faulthandler
 
         if sys.__stderr__ is not None:  # should ggml end the process, the line that called it is printed

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from . import loras
+from . import compare, loras
 
 if TYPE_CHECKING:
     from loader.lora import LoraReport
@@ -32,6 +32,8 @@ def generate(args: argparse.Namespace) -> int:
     prompt, tags = loras.take_tags(written_prompt)
     files = _models(args)
     _check(args)
+    if args.command == "compare-backends":
+        compare.check(args.compare_with, args.tolerance)
 
     import models
 
@@ -98,6 +100,10 @@ def generate(args: argparse.Namespace) -> int:
                 reports = pipe.set_loras(wanted_loras, progress=bars)
                 before["lora"] = time.perf_counter() - start - loaded
                 _warn_of_keys(reports, args)
+            if args.command == "compare-backends":
+                return compare.show(
+                    pipe, args.compare_with, args.tolerance, prompt=prompt, seed=seed, init_image=args.init_img, **shape
+                )
             predicted = _predict(pipe, args, prompt, shape).to_dict() if report else None
             result = pipe(
                 prompt, **shape, num_inference_steps=args.steps, sigmas=sigmas, scheduler=args.scheduler, shift=shift,

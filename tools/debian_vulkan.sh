@@ -7,8 +7,11 @@
 set -euo pipefail
 target=$(realpath -m "${1:?which folder?}")
 export DEBIAN_FRONTEND=noninteractive
-apt-get -qq update
-apt-get -qq install --no-install-recommends --yes glslc spirv-headers libvulkan-dev mesa-vulkan-drivers > /dev/null
+patience=(-o Acquire::http::Timeout=30 -o Acquire::https::Timeout=30 -o Acquire::Retries=2)
+# A source of other packages may be out of order: whether what is wanted can be had is seen next.
+apt-get -qq "${patience[@]}" update || true
+apt-get -qq "${patience[@]}" install --no-install-recommends --yes \
+    glslc spirv-headers libvulkan-dev mesa-vulkan-drivers > /dev/null
 mkdir -p "$target"
 
 version=$(sed -n 's/^#define VK_HEADER_VERSION \([0-9]*\)$/\1/p' /usr/include/vulkan/vulkan_core.h)
@@ -25,7 +28,7 @@ mkdir -p "$work/lists/partial" "$work/unpacked"
 mirror=$(apt-get indextargets --format '$(SITE) $(ORIGIN) $(LABEL)' | sed -n 's/ Debian Debian$//p' | head -n 1)
 [ -n "$mirror" ] || { echo "error: apt is configured for no mirror of Debian" >&2; exit 1; }
 echo "deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] $mirror trixie main" > "$work/sources.list"
-options=(-qq -o APT::Sandbox::User=root -o "Dir::Etc::SourceList=$work/sources.list" -o "Dir::Etc::SourceParts=-" -o "Dir::State::Lists=$work/lists")
+options=(-qq "${patience[@]}" -o APT::Sandbox::User=root -o "Dir::Etc::SourceList=$work/sources.list" -o "Dir::Etc::SourceParts=-" -o "Dir::State::Lists=$work/lists")
 apt-get "${options[@]}" update
 (cd "$work" && apt-get "${options[@]}" download libvulkan-dev)
 dpkg -x "$work"/libvulkan-dev_*.deb "$work/unpacked"
