@@ -46,9 +46,7 @@ class Visit:
             self._close_context()
             raise
         self.n_bytes, self.seconds = uploader.n_bytes, uploader.seconds
-        rate = self.n_bytes / 1e9 / max(self.seconds, 1e-9)
-        log.info("%s: %.2f GB to %s in %.2fs (%.2f GB/s)", printable(name), self.n_bytes / 1e9, backend.device.name,
-                 self.seconds, rate)  # fmt: skip
+        log.info("%s: %s", printable(name), uploader.sentence())
         for (param, _), copy in zip(self._rest, copies, strict=True):
             param.tensor = copy
 

@@ -97,6 +97,7 @@ class LoadReport:
     repacked_bytes: int = 0
     uploaded_bytes: int = 0  # to a device, in upload_seconds, in which they were also read
     upload_seconds: float = 0.0
+    upload_gb_per_second: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -259,10 +260,13 @@ def load_params(
             repacked_bytes=repacked,
             uploaded_bytes=uploader.n_bytes if uploader else 0,
             upload_seconds=uploader.seconds if uploader else 0.0,
+            upload_gb_per_second=uploader.gb_per_second if uploader else 0.0,
         )
         if read:
             rate = f"{read / _MB:.2f} MB read, {read / _MB / max(report.seconds, 1e-9):.0f} MB/s"
             log.info("loading tensors completed, taking %.2fs (%s)", report.seconds, rate)
+        if uploader:
+            log.info("%s: %s", printable(component), uploader.sentence())
         weights = Weights(
             context, list(files.values()), params, report, lock=lock, drop_cache="dontneed" in options.hints
         )

@@ -110,6 +110,16 @@ class Uploader:
         memory = bytearray(n_bytes)
         return _Stage(memoryview(memory), memory, event)
 
+    @property
+    def gb_per_second(self) -> float:
+        """10^9 bytes a second, from the first byte read to the last one arrived; known after `finish`."""
+        return self.n_bytes / 1e9 / max(self.seconds, 1e-9)
+
+    def sentence(self) -> str:
+        """What was done, for a log."""
+        gb = self.n_bytes / 1e9
+        return f"{gb:.2f} GB to {self.device.name} in {self.seconds:.2f}s ({self.gb_per_second:.2f} GB/s)"
+
     def close(self) -> None:
         """Give back the staging buffers; what was not finished may or may not have arrived."""
         if self._backend.closed:

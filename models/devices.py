@@ -38,7 +38,7 @@ class Place:
     @property
     def offloads(self) -> bool:
         """True when the parameters are at the backend only while they are in use."""
-        return self.rest == "disk" or (self.rest == "cpu" and not self.backend.is_cpu)
+        return self.rest == "disk" or (self.rest == "cpu" and not self.backend.device.maps_host_memory)
 
     @property
     def resting(self) -> BufferType:

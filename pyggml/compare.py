@@ -1,4 +1,4 @@
-"""Two backends, operation by operation: which of them comes to another result, though both are given the same inputs."""
+"""Two backends, operation by operation: which of them comes to another result from the same inputs."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _VIEWS = frozenset({Op.NONE, Op.VIEW, Op.RESHAPE, Op.PERMUTE, Op.TRANSPOSE})  # 
 class OpDifference:
     """What an operation of a graph comes to on the graph's backend, and on another one from the same inputs.
 
-    error: the length of the difference divided by the length of the other's result (as vectors); inf when one of them is
+    error: length of the difference by the length of the result on the other (as vectors); inf when one of them is
     not finite where the other is; None when the other backend cannot compute it, and `reason` says why.
     """
 
@@ -42,7 +42,7 @@ class OpDifference:
 
 
 def compare_ops(graph: Graph, other: Backend) -> Iterator[OpDifference]:
-    """Compute `graph` node by node, with the inputs it was set to, and each node on `other` from what it was given here.
+    """Compute `graph` node by node, with the inputs it was set to, and each node on `other` from the same sources.
 
     So an error does not go on to what follows: the first that is large belongs to the operation that made it. Views are
     left out. The memory of one operation at a time is needed twice. GGMLError for a SplitBackend.

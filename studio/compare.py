@@ -20,7 +20,7 @@ def check(other: str, tolerance: float) -> None:
 
 
 def show(pipe: Pipeline, other: str, tolerance: float, **call: Any) -> int:
-    """Draw in one step as `call` says, and print what `other` makes of each part's operations; returns the exit code."""
+    """Draw in one step as `call` says, print what `other` makes of each part's operations; returns the exit code."""
     from models.devices import find_device
     from pyggml.compare import compare_ops
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 
-from pyggml import Backend, GGMLError, Graph, Op, SplitBackend, Tensor, Type, ops
+from pyggml import Backend, GGMLError, Graph, Op, SplitBackend, Type, ops
 from pyggml.compare import compare_ops, first_difference, relative_error
 from pyggml.lib import ffi, lib
 from studio import cli
@@ -84,7 +83,7 @@ def test_equal_backends(two: tuple[Backend, Backend]) -> None:
 @pytest.mark.parametrize(
     ("wrong", "named"),
     [
-        (lambda node: ffi.string(node.name) == b"product 1", "<Tensor product 1 F32 ne [32, 6] = mul_mat> of (<Tensor w"),
+        (lambda node: ffi.string(node.name) == b"product 1", "product 1 F32 ne [32, 6] = mul_mat> of (<Tensor w"),
         (lambda node: node.op == Op.SOFT_MAX, "ne [6, 6] = soft_max> of (<Tensor "),
         (lambda node: node.op == Op.GET_ROWS, "<Tensor out F32 ne [16, 4] = get_rows> of (<Tensor "),
     ],
@@ -132,3 +131,24 @@ def test_relative_error() -> None:
         assert relative_error(np.append(a, x), np.append(a, y)) == inf, (x, y)
     assert relative_error(np.append(a, nan), np.append(a, nan)) == 0
     assert relative_error(a, 0 * a) == inf and relative_error(0 * a, 0 * a) == 0
+
+
+def test_on_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
+    small = ("compare-backends", "a red circle", "-W", "16", "-H", "16", "--backend", "cpu")
+    assert cli.main(small) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0].split(" at ")[0] for line in lines] == [
+        "the text encoder", "the caption's refiner", "the transformer", "the decoder",
+    ]  # fmt: skip
+    assert all(line.endswith(" operations on CPU and CPU, they differ by at most 0") for line in lines), lines
+    for wrong, message in (
+        (("--with", "cuda7"), "error: --with: there is no device 'cuda7'"),
+        (("--tolerance", "0"), "error: --tolerance must be above 0 and below 1, not 0.0"),
+    ):
+        assert cli.main((*small, *wrong)) == 2
+        assert capsys.readouterr().err.startswith(message)
+
+
+def test_a_wrong_operation_on_the_command_line(spoil: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    class Any_:  # the backend that the command opens itself
+        ptr = type("Anything", (), {"__eq__": lambda self, other: True, "__hash__": None})()

@@ -275,6 +275,42 @@ def test_uploads_arrive_whole_in_any_staging(stage: int, two: tuple[Backend, Bac
         np.testing.assert_array_equal(tensor.numpy(), value)
 
 
+def test_nothing_waits_for_a_single_tensor(two: tuple[Backend, Backend], monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: dict[str, int] = {}
+
+    class Counting:
+        def __getattr__(self, name: str) -> Any:
+            calls[name] = calls.get(name, 0) + 1
+            return getattr(lib, name)
+
+    monkeypatch.setattr("loader.upload.lib", Counting())
+    context = Context(500)
+    tensors = [context.new_tensor((64,), name=str(i)) for i in range(500)]
+    Buffer.allocate(context, two[0].buffer_type)
+    value = np.arange(64, dtype=np.float32)
+    with Uploader(two[0].device, 4096) as uploader:
+        for tensor in tensors:
+            uploader.put(tensor, 0, value.nbytes, partial(take, value.view(np.uint8).data))
+    n_stages = 500 * 256 // 4096 + 1
+    assert calls["pyggml_tensor_set_async"] == 500
+    assert calls.get("pyggml_synchronize", 0) + calls.get("pyggml_event_synchronize", 0) <= n_stages + 2
+    assert uploader.gb_per_second == pytest.approx(uploader.n_bytes / 1e9 / uploader.seconds)
+    assert uploader.sentence().startswith("0.00 GB to CPU in ")
+
+
+@pytest.mark.parametrize("maps", [True, False])
+def test_a_device_that_takes_memory_of_the_host_gets_the_mapping(
+    files: dict[str, Path], two: tuple[Backend, Backend], monkeypatch: pytest.MonkeyPatch, maps: bool
+) -> None:
+    """`buffer_from_host_ptr`: nothing is copied, wherever weights are told to rest; else nothing is mapped."""
+    monkeypatch.setattr(Device, "maps_host_memory", maps)
+    assert Place(two[0], "cpu").offloads == (not maps) and not Place(two[0]).offloads
+    with models.load(**files, backend=two[0]) as pipe:
+        report = pipe.transformer.weights.report
+    assert (report.n_mapped > 0) == maps and (report.n_copied < report.n_tensors) == maps
+    assert maps or any("cannot point into a file" in reason for reason in report.not_mapped)
+
+
 @pytest.mark.parametrize("limit, n_buffers", [(40_000, 1), (25_000, 3), (8192, 6), (8191, 0)])
 def test_a_device_that_refuses_one_large_buffer_gets_several(
     limit: int, n_buffers: int, two: tuple[Backend, Backend], monkeypatch: pytest.MonkeyPatch
