@@ -38,7 +38,7 @@ def show(pipe: Pipeline, other: str, tolerance: float, **call: Any) -> int:
                 if found.error > tolerance and not first:
                     first = f"; the first above {tolerance:g} is {found}"
             n_wrong += bool(first)
-            without = f", {left_out} it cannot compute" if left_out else ""
+            without = f", {left_out} left out" if left_out else ""
             devices = f"{graph.backend.device.name} and {backend.device.name}"
             print(f"{stage}: {n} operations on {devices}{without}, they differ by at most {_shown(largest)}{first}")
 

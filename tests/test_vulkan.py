@@ -128,7 +128,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             text_dim=256, patch_dim=64, t_hidden=512, adaln_dim=256, axes_dims=(16, 24, 24), fused_qkv=True,
         )
     )  # fmt: skip
-    encoder = Qwen3(Qwen3Config(dim=256, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=64, ff_dim=768, n_vocab=399))
+    encoder = Qwen3(Qwen3Config(dim=256, n_layers=4, n_heads=4, n_kv_heads=2, head_dim=64, ff_dim=768, n_vocab=399))
     for name, module in (("transformer", transformer), ("encoder", encoder)):
         whole = write_random(module, folder / f"{name}.safetensors", len(name))
         with open_checkpoint(whole) as checkpoint:
