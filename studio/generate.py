@@ -34,6 +34,8 @@ def generate(args: argparse.Namespace) -> int:
     _check(args)
     if args.command == "compare-backends":
         compare.check(args.compare_with, args.tolerance)
+        if args.max_vram:
+            raise ValueError("compare-backends wants the weights where they are computed with: leave --max-vram out")
 
     import models
 
