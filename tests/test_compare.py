@@ -146,7 +146,7 @@ def test_on_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
     for wrong, message in (
         (("--with", "cuda7"), "error: --with: there is no device 'cuda7'"),
         (("--tolerance", "0"), "error: --tolerance must be above 0 and below 1, not 0.0"),
-        (("--max-vram", "1G"), "error: compare-backends wants the weights where they are computed with: leave --max-vram"),
+        (("--max-vram", "1G"), "error: compare-backends wants the weights where they are computed with: leave"),
     ):
         assert cli.main((*small, *wrong)) == 2
         assert capsys.readouterr().err.startswith(message)
