@@ -94,8 +94,8 @@ class MergedStandIn(Merged):
 
 @dataclass(frozen=True)
 class Phase:
-    """One graph of a run. `stays`: its compute buffer is kept until the end; `n_rows`: rows that it takes of tables;
-    `extra`: bytes of arrays beside the graph.
+    """One graph of a run. `stays`: its compute buffer is kept until the end; `n_rows`: how many different rows it takes
+    of tables; `extra`: bytes of arrays beside the graph.
     """
 
     name: str

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -594,3 +597,14 @@ def test_what_is_another_models(
     ):
         code, out, err = run(*SIZE, *argv, capsys=capsys)
         assert (code, out, len(err.splitlines())) == (2, "", 1) and message in err, err
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is looked at by Linux's means")
+def test_the_peak_of_an_edit_is_predicted(files: dict[str, Path], in_folder: Path) -> None:
+    """With references as large as they really are, which tower and autoencoder want the most for."""
+    command = [sys.executable, "-m", "studio.cli", "generate", "a red circle", "-r", "0.png", "--edit-model", "edit",
+               *options(files), *SIZE, "-t", "1", "--cfg-scale", "1", "--report", "r.json"]  # fmt: skip
+    root = str(Path(__file__).parent.parent)
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=os.environ | {"PYTHONPATH": root})
+    report = json.loads(Path("r.json").read_text())
+    assert abs(report["predicted"]["peak_rss"] / report["memory"]["peak_rss"] - 1) < 0.1, report["predicted"]

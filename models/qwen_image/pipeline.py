@@ -372,7 +372,7 @@ class QwenImagePipeline(Pipeline):
             ids, n_dropped, weights = self._tokens(text, n_rows, edit=self._is_edit(pictures))
             dropped = 0 if weights else n_dropped
             graph = self.text_encoder.module.graph(self.text_encoder.backend, len(ids), sum(n_rows), dropped)
-            found.append(Phase.of("text encoder", graph, spans, n_rows=len(ids)))
+            found.append(Phase.of("text encoder", graph, spans, n_rows=len(set(ids))))
             lengths.append(len(ids) - n_dropped)
         for wide, high in [*others, *([(width, height)] if encode_image else [])]:
             graph = self.vae.module.encoder_graph(self.vae.backend, high, wide)

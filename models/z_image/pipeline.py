@@ -200,13 +200,14 @@ class ZImagePipeline(Pipeline):
         check_size(width, height)
         guided = self._guidance(cfg_scale) is not None or find_sampler(method).both
         spans = all_spans([component.weights for component in self.components()])
-        lengths = [len(self._tokens(text)[0]) for text in ([prompt, negative_prompt] if guided else [prompt])]
+        ids = [self._tokens(text)[0] for text in ([prompt, negative_prompt] if guided else [prompt])]
+        lengths = [*map(len, ids)]
         h, w = height // SIZE_MULTIPLE, width // SIZE_MULTIPLE
         n_patches = -(-h // net.PATCH) * -(-w // net.PATCH)
         dit: ZImageTransformer = self.transformer.module
         vae: AutoencoderKL = self.vae.module
-        found = [Phase.of("text encoder", self.text_encoder.module.graph(self.text_encoder.backend, n), spans, n_rows=n)
-                 for n in lengths]  # fmt: skip
+        encoder_graph = partial(self.text_encoder.module.graph, self.text_encoder.backend)
+        found = [Phase.of("text encoder", encoder_graph(len(x)), spans, n_rows=len(set(x))) for x in ids]
         pixels = 16 * height * width  # bytes: three floats, and whether each is finite
         if encode_image:
             graph = vae.encoder_graph(self.vae.backend, height, width)
