@@ -376,7 +376,7 @@ class QwenImagePipeline(Pipeline):
             lengths.append(len(ids) - n_dropped)
         for wide, high in [*others, *([(width, height)] if encode_image else [])]:
             graph = self.vae.module.encoder_graph(self.vae.backend, high, wide)
-            found.append(Phase.of("image encoder", graph, spans, extra=16 * high * wide))
+            found.append(Phase.of("image encoder", graph, spans, extra=28 * high * wide))  # bytes, floats twice
         at = self.transformer.backend
         found += [Phase.of("text's projection", dit.context_graph(at, n), spans) for n in lengths]
         held = net.TIMES_AT_ONCE * 4 * dit.config.dim * (2 * net.N_MOD * dit.config.n_layers + 2)
