@@ -1,13 +1,15 @@
 """Classifier-free guidance in two dialects: sd-cli's `cfg` (1 = off) and diffusers' guidance scale (0 = off).
 
 The two mean the same with cfg = guidance_scale + 1. The functions do not care for a common sign or offset, so they may
-be given velocities, the raw network outputs (their negatives) or denoised estimates at the same x; only normalization,
-which looks at the length of the prediction, and Qwen-Image's guidance, want velocities or raw outputs.
+be given velocities, the raw network outputs (their negatives) or denoised estimates at the same x; only what looks at
+the length or direction of a prediction (normalization, Qwen-Image's guidance, APG, CFG-Zero*) wants velocities or raw
+outputs.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import numpy as np
@@ -17,7 +19,15 @@ Float32 = NDArray[np.float32]
 
 
 class Guidance(Protocol):
-    """How the predictions with the prompt and with the negative prompt become one, velocities [..., C, H, W] all."""
+    """How the predictions with the prompt and with the negative prompt become one, velocities [..., C, H, W] all.
+
+    It may be used for many pictures, one after the other or at once: what is to be remembered from one step to the next
+    belongs to what `begin` returns.
+    """
+
+    def begin(self, sigmas: Float32) -> Guidance:
+        """What guides one picture that is drawn at these noise levels; itself, where nothing is remembered."""
+        return self
 
     def wanted(self, sigma: float) -> bool:
         """Whether the second prediction makes a difference at this noise level."""
@@ -27,7 +37,7 @@ class Guidance(Protocol):
 
 
 @dataclass(frozen=True)
-class ZImageGuidance:
+class ZImageGuidance(Guidance):
     """`z_image_guidance` with a scale (0 is off) that `guidance_at` switches off on the way. A negative scale, which
     only stable-diffusion.cpp's dialect has, stays.
     """
@@ -47,7 +57,7 @@ class ZImageGuidance:
 
 
 @dataclass(frozen=True)
-class QwenImageGuidance:
+class QwenImageGuidance(Guidance):
     """`qwen_image_guidance` with a scale (1 is off), or plain `cfg` where `rescale` is off."""
 
     scale: float
@@ -58,6 +68,94 @@ class QwenImageGuidance:
 
     def __call__(self, cond: Float32, uncond: Float32, sigma: float) -> Float32:
         return (qwen_image_guidance if self.rescale else cfg)(cond, uncond, self.scale)
+
+
+@dataclass
+class APG(Guidance):
+    """Adaptive projected guidance (Sadat et al. 2024, arXiv 2410.02416), on the network's prediction, as in diffusers.
+
+    scale: as `cfg`'s, 1 is off. The difference of the two predictions takes `momentum` times the one before along, once
+    for each evaluation; it is shortened to `norm_threshold` where it is longer (0: never); and of its part
+    along the prediction with the prompt, which saturates colours, a share of `eta` stays. eta 1, no momentum and no
+    threshold give `cfg`. `smoothing` above 0 shortens gradually. `per_value`: stable-diffusion.cpp's length, which does
+    not grow with the picture: 256 times the root of the mean square.
+    """
+
+    scale: float
+    eta: float = 0.0
+    momentum: float = -0.5
+    norm_threshold: float = 0.0
+    smoothing: float = 0.0
+    per_value: bool = False
+    _average: Float32 | None = field(default=None, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        numbers = (self.scale, self.eta, self.momentum, self.norm_threshold, self.smoothing)
+        if not all(math.isfinite(x) for x in numbers) or self.norm_threshold < 0 or self.smoothing < 0:
+            raise ValueError(f"APG wants finite numbers, threshold and smoothing not below 0: {self}")
+
+    def begin(self, sigmas: Float32) -> APG:
+        return replace(self)
+
+    def wanted(self, sigma: float) -> bool:
+        return self.scale != 1
+
+    def __call__(self, cond: Float32, uncond: Float32, sigma: float) -> Float32:
+        delta = (cond - uncond).astype(np.float64)
+        if self.momentum:
+            if self._average is not None:
+                delta += self.momentum * self._average
+            self._average = delta.astype(np.float32)
+        direction = cond.astype(np.float64)
+        length, squared = math.sqrt(np.vdot(delta, delta)), float(np.vdot(direction, direction))
+        if self.per_value:
+            length *= 256 / math.sqrt(delta.size)
+        if self.norm_threshold and length:
+            delta *= _shortened(self.norm_threshold / length, self.smoothing)
+        if squared:
+            delta += (self.eta - 1) * (np.vdot(direction, delta) / squared) * direction
+        return np.asarray(direction + (self.scale - 1) * delta, np.float32)
+
+
+@dataclass(frozen=True)
+class CFGZero(Guidance):
+    """CFG-Zero* (Fan et al. 2025, arXiv 2503.18886): `cfg`, with the prediction without the prompt scaled to lie as
+    near as it can to the one with it, and no movement at all in the first `zero_steps` steps (never in the last).
+
+    scale: as `cfg`'s, 1 is off.
+    """
+
+    scale: float
+    zero_steps: int = 1
+    _until: float = field(default=math.inf, init=False, repr=False, compare=False)  # above it, nothing moves
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.scale) or self.zero_steps < 0:
+            raise ValueError(f"CFG-Zero* wants a finite scale and zero_steps not below 0: {self}")
+
+    def begin(self, sigmas: Float32) -> CFGZero:
+        run = replace(self)
+        object.__setattr__(run, "_until", float(sigmas[min(self.zero_steps, len(sigmas) - 2)]))
+        return run
+
+    def wanted(self, sigma: float) -> bool:
+        return self.scale != 1
+
+    def __call__(self, cond: Float32, uncond: Float32, sigma: float) -> Float32:
+        if sigma > self._until:
+            return np.zeros_like(cond)
+        a, b = cond.astype(np.float64), uncond.astype(np.float64)
+        squared = float(np.vdot(b, b))
+        best = b * (np.vdot(a, b) / squared) if squared else b
+        return np.asarray(best + self.scale * (a - best), np.float32)
+
+
+def _shortened(ratio: float, smoothing: float) -> float:
+    """What a length is multiplied by that is to be `ratio` times as long at most; never more than 1."""
+    if not smoothing:
+        return min(1.0, ratio)
+    log = math.log(ratio) / smoothing  # ratio / (1 + ratio^(1 / smoothing))^smoothing, without overflow
+    return math.exp(smoothing * (log - np.logaddexp(0.0, log)))
 
 
 def cfg(cond: Float32, uncond: Float32, scale: float) -> Float32:

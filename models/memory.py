@@ -87,6 +87,8 @@ class Report:
     # component -> what it took of a device's memory, where its weights came piece by piece (models.streaming)
     vram: dict[str, VramReport] = field(default_factory=dict)
     lightning: str | None = None  # why a run had the steps, the guidance and the schedule of Lightning models
+    # steps and evaluations of the transformer, and how many of them a step cache skipped; empty without one
+    cache: dict[str, int] = field(default_factory=dict)
     residency: Any = None  # a ResidencyReport: what was done about memory
 
     @contextmanager

@@ -36,6 +36,7 @@ from .prediction import Phase
 from .residency import Residency
 from .rng import RNG, make_rng
 from .sampler import evaluated, find_sampler, sample
+from .step_cache import Blocks, CacheRun, Cut, StepCache, total_counts
 from .tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -177,8 +178,12 @@ class Pipeline(ABC):
         """What the transformer makes of them once, before the steps: [n_tokens, dim]."""
 
     @abstractmethod
-    def _velocity(self, x: Float32, sigma: float, context: Float32, references: Sequence[Float32]) -> Float32:
-        """noise - x0 as the network sees it, of x's shape; `references` are latents [C, h, w]."""
+    def _velocity(
+        self, x: Float32, sigma: float, context: Float32, references: Sequence[Float32], blocks: Blocks | None = None
+    ) -> Float32:
+        """noise - x0 as the network sees it, of x's shape; `references` are latents [C, h, w]. `blocks`: computed in
+        three parts, of which it says whether the one in the middle is needed.
+        """
 
     @abstractmethod
     def _sigmas(
@@ -354,11 +359,12 @@ class Pipeline(ABC):
     def denoise(
         self, latents: Float32, sigmas: Float32, cond: Conditioning | Float32,
         uncond: Conditioning | Float32 | None = None, *, guidance: Guidance | None = None,
-        references: Sequence[Float32] = (), inpainting: Inpainting | None = None, method: str = "euler",
-        eta: float | None = None, rng: RNG | None = None,
+        references: Sequence[Float32] = (), inpainting: Inpainting | None = None, cache: CacheRun | None = None,
+        method: str = "euler", eta: float | None = None, rng: RNG | None = None,
         callback: Callable[[int, float, Float32], Float32 | None] | None = None,
     ) -> Float32:  # fmt: skip
         """Latents [16, h, w] at noise level sigmas[0] to clean ones. Conditionings may be arrays [n_tokens, dim].
+        `cache`: for this picture alone, as `EasyCache().begin(n_steps)` of models.step_cache makes it.
 
         NonFinite naming the step when latents stop being finite; Cancelled; ValueError for bad sigmas or method, and
         for guidance without `uncond`.
@@ -369,13 +375,18 @@ class Pipeline(ABC):
             raise ValueError("guidance needs the conditioning of a negative prompt, `uncond`")
         conds = [self._conditioning(c) for c in ((cond, uncond) if guided else (cond,)) if c is not None]
         contexts: list[Float32] = []
+        guide = None if guidance is None else guidance.begin(sigmas)
+
+        def velocity(branch: int, x: Float32, sigma: float) -> Float32:
+            compute = partial(self._velocity, x, sigma, contexts[branch], references)
+            return compute() if cache is None else cache.evaluate(branch, x, sigma, compute)
 
         def estimate(x: Float32, sigma: float) -> Any:
             self._check_cancelled()
-            v = second = self._velocity(x, sigma, contexts[0], references)
-            if both or (guidance is not None and guidance.wanted(sigma)):
-                second = self._velocity(x, sigma, contexts[1], references)
-                v = guidance(v, second, sigma) if guidance is not None else v
+            v = second = velocity(0, x, sigma)
+            if both or (guide is not None and guide.wanted(sigma)):
+                second = velocity(1, x, sigma)
+                v = guide(v, second, sigma) if guide is not None else v
             found = [x - np.float32(sigma) * y for y in ((v, second) if both else (v,))]
             if inpainting:
                 found = [inpainting.estimate(x0) for x0 in found]
@@ -384,6 +395,8 @@ class Pipeline(ABC):
         def after(i: int, sigma: float, x: Float32) -> Float32 | None:
             if not np.isfinite(x).all():
                 raise NonFinite(f"step {i + 1} (sigma {sigmas[i]:.4f}): the latents are not finite")
+            if cache is not None:
+                cache.end_step()
             mixed = inpainting.after_step(x, sigma) if inpainting else x
             changed = callback(i, sigma, mixed) if callback else None
             self._check_cancelled()
@@ -450,7 +463,7 @@ class Pipeline(ABC):
         rng: str | None = None, latents: Float32 | None = None,
         prompt_embeds: Conditioning | Float32 | None = None,
         negative_prompt_embeds: Conditioning | Float32 | None = None, init_image: Path | Image.Image | None = None,
-        strength: float | None = None, mask_image: Path | Image.Image | None = None,
+        strength: float | None = None, mask_image: Path | Image.Image | None = None, cache: StepCache | None = None,
         reference_images: Sequence[Path | Image.Image] = (), layers: int | None = None, output_type: str = "pil",
         progress: Progress | None = None, callback_on_step_end: StepCallback | None = None,
         on_image: Callable[[int, int, Any], None] | None = None,
@@ -467,6 +480,7 @@ class Pipeline(ABC):
         then the defaults. Unless given, an active LoRA says it, by its title or its file's name; 0: it is none.
         `strength` (with `init_image`): 1 keeps nothing of it; `mask_image`: white where something new is drawn, the
         rest of `init_image` stays. `reference_images`: the pictures that a model edits, or of which it makes `layers`.
+        `cache`: settings of models.step_cache; what it skipped stands in the report.
         output_type: "pil", "np" (uint8 [H, W, 3]) or "latent"; a model of layers gives a list of them for each picture.
         progress(phase, done, total) is called as phases go on; callback_on_step_end(pipe, step, timestep, {"latents":
         ...}) after each step returns a dict whose "latents" replace the live ones; on_image(i, seed, picture) as each
@@ -495,6 +509,8 @@ class Pipeline(ABC):
             raise ValueError(f"num_images_per_prompt must be in 1..1000, not {num_images_per_prompt}")
         if output_type not in ("pil", "np", "latent"):
             raise ValueError(f"output_type is 'pil', 'np' or 'latent', not {output_type!r}")
+        if cache is not None:
+            cache.check(self.transformer.module.config.n_layers)
         name = rng or ("cuda" if self.compat == "sd.cpp" else "cpu")
         for used in (seed, seed + num_images_per_prompt - 1):
             make_rng(name, used)  # refuses what it must before any work is done
@@ -546,6 +562,7 @@ class Pipeline(ABC):
                 references = self._references(pictures, width, height)
 
         images: list[Any] = []
+        caches: list[CacheRun] = []
         for i in range(num_images_per_prompt):
             # 4. noise
             generator = make_rng(name, seed + i)
@@ -573,12 +590,18 @@ class Pipeline(ABC):
                 live = changed.get("latents")
                 return None if live is x else live
 
+            caches += [] if cache is None else [cache.begin(len(levels) - 1)]
             tell("step", 0, len(levels) - 1)
             with report.phase("denoise"):
                 x = self.denoise(
                     x, levels, cond, uncond, guidance=guidance, references=references, inpainting=inpainting,
-                    method=method, eta=eta, rng=generator, callback=after,
+                    cache=caches[-1] if caches else None, method=method, eta=eta, rng=generator, callback=after,
                 )  # fmt: skip
+
+            report.cache = total_counts(caches)
+            if cache is not None:
+                log.info("%s", "step cache: {steps_skipped} of {steps} steps skipped, {evaluations_skipped} of "
+                         "{evaluations} evaluations".format(**caches[-1].counts))  # fmt: skip
 
             # 6. decode
             if output_type == "latent":
@@ -625,6 +648,30 @@ class Pipeline(ABC):
         if cond._refined.get(self._key, (None,))[0] != state:
             cond._refined[self._key] = state, self._refined(cond.features)
         return cond._refined[self._key][1]
+
+    def _in_parts(
+        self, stage: str, sigma: float, blocks: Blocks, inputs: Mapping[str, Any], graph: Callable[[Cut], Graph]
+    ) -> Float32:
+        """The output of a step whose graphs are those of the three parts; `inputs` are of all of them together."""
+        n = self.transformer.module.config.n_layers
+        ends = (0, blocks.front, n - blocks.back, n)
+        known = dict(inputs)
+
+        def run(i: int) -> dict[str, Any]:
+            part = graph(Cut(ends[i], ends[i + 1], first=i == 0, last=i == 2))
+            return self._compute(stage, part, **{name: known[name] for name in part.inputs})
+
+        state = run(0)
+        change = state.pop("change")
+        known |= state
+        added = blocks.added(change, sigma)
+        if added is None:
+            after = run(1)
+            blocks.learn(change, {name: value - known[name] for name, value in after.items()}, sigma)
+            known |= after
+        else:
+            known |= {name: known[name] + value for name, value in added.items()}
+        return np.asarray(run(2)["out"])
 
     def _compute(self, stage: str, graph: Graph, **inputs: Any) -> dict[str, Any]:
         """Graph.compute; Cancelled when asked to stop, NonFinite naming the stage when a result is not finite."""

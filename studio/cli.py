@@ -122,6 +122,10 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     steps = parser.add_argument_group("sampling")
     steps.add_argument("--steps", type=int, metavar="N", help="8 (Z-Image), 50 (Qwen-Image)")
     steps.add_argument("--cfg-scale", type=float, metavar="X", help="guidance, 1 = off; 1 (Z-Image), 4 (Qwen-Image)")
+    steps.add_argument("--guidance", metavar="NAME",
+                       help="apg or cfg-zero instead of the model's own (docs/sampling.md)")  # fmt: skip
+    steps.add_argument("--extra-sample-args", metavar="KEY=VALUE,...", help="apg_eta, apg_momentum, "
+                       "apg_norm_threshold, apg_norm_threshold_smoothing, cfg_zero_steps")  # fmt: skip
     steps.add_argument("--sampling-method", default="euler", metavar="NAME", help="euler; an unknown name lists all")
     steps.add_argument("--scheduler", metavar="NAME", help="the noise levels' schedule; an unknown name lists all")
     steps.add_argument("--sigmas", metavar="A,B,...,0", help="noise levels instead of a schedule")
@@ -129,6 +133,13 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
                        help="3 (Z-Image-Turbo), 6 for Z-Image; by the size of the picture (Qwen-Image)")  # fmt: skip
     steps.add_argument("--eta", type=float, metavar="X", help="noise put back by ancestral methods")
     steps.add_argument("--rng", choices=("cpu", "cuda"), help="cpu draws noise as torch on CPU, cuda as on CUDA")
+    steps.add_argument("--cache-mode", choices=("easycache", "dbcache", "taylorseer", "cache-dit"),
+                       help="skip evaluations that change little (docs/sampling.md)")  # fmt: skip
+    steps.add_argument("--cache-option", metavar="KEY=VALUE,...",
+                       help="such as threshold=0.1; each mode's are in docs/sampling.md")  # fmt: skip
+    steps.add_argument("--scm-mask", metavar="1,0,...", help="for each step: 1 computes it, 0 leaves it to the cache")
+    steps.add_argument("--scm-policy", choices=("dynamic", "static"), default="dynamic",
+                       help="static: the steps of a 0 are all skipped that can be")  # fmt: skip
     where = parser.add_argument_group("devices (docs/devices.md)")
     where.add_argument("--rpc-servers", metavar="HOST:PORT,...",
                        help="machines that run rpc-server; without --backend the model is split over them")  # fmt: skip

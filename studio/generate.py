@@ -15,7 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from . import compare, loras
+from . import compare, loras, sampling
 
 if TYPE_CHECKING:
     from loader.lora import LoraReport
@@ -54,6 +54,7 @@ def generate(args: argparse.Namespace) -> int:
     strength = INIT_STRENGTH if args.strength is None else args.strength
     tile = _tile(args)
     sigmas = _check_sampling(args, family, width, height, seed, strength)
+    controls = sampling.controls(args, family)
     shift = args.flow_shift
     if sigmas and args.compat != "sd.cpp":  # diffusers would shift them and put the 0 at the end itself
         sigmas, shift = sigmas[:-1], 1.0
@@ -108,9 +109,10 @@ def generate(args: argparse.Namespace) -> int:
                 )
             predicted = _predict(pipe, args, prompt, shape).to_dict() if report else None
             result = pipe(
-                prompt, **shape, num_inference_steps=args.steps, sigmas=sigmas, scheduler=args.scheduler, shift=shift,
-                eta=args.eta, seed=seed, rng=args.rng, init_image=args.init_img, mask_image=args.mask,
-                strength=strength, lightning=args.lightning, output_type="np", progress=bars, on_image=save,
+                prompt, **{**shape, **controls}, num_inference_steps=args.steps, sigmas=sigmas,
+                scheduler=args.scheduler, shift=shift, eta=args.eta, seed=seed, rng=args.rng, init_image=args.init_img,
+                mask_image=args.mask, strength=strength, lightning=args.lightning, output_type="np", progress=bars,
+                on_image=save,
             )  # fmt: skip
     if report:
         data = result.report.to_dict()
@@ -383,6 +385,10 @@ def parameters(args: argparse.Namespace, pipe: Any, prompt: str, seed: int, shap
     if args.lora:
         found = (loras.parse_option(text) for text in args.lora)
         settings["Lora"] = ", ".join(f"{Path(path).name}:{weight:g}" for path, weight in found)
+    if args.guidance or args.extra_sample_args:
+        settings["Guidance"] = " ".join(filter(None, [args.guidance, args.extra_sample_args]))
+    if args.cache_mode:
+        settings["Cache"] = " ".join(filter(None, [args.cache_mode, args.cache_option]))
     if args.flow_shift:
         settings["Shift"] = args.flow_shift
     if args.sigmas:

@@ -29,6 +29,7 @@ from ..pipeline import SIZE_MULTIPLE, Compat, Float32, Path, Pipeline, Pixels, c
 from ..prediction import Phase, all_spans
 from ..rng import RNG
 from ..sampler import find_sampler
+from ..step_cache import Blocks, Cut
 from ..tokenizer import Tokenizer
 from . import prompt as prompts
 from . import references
@@ -273,7 +274,10 @@ class QwenImagePipeline(Pipeline):
             self._modulations = {(state, level): m for level, m in zip(levels, made, strict=True)}
         return self._modulations[state, sigma]
 
-    def _velocity(self, x: Float32, sigma: float, context: Float32, references: Sequence[Float32] = ()) -> Float32:
+    def _velocity(
+        self, x: Float32, sigma: float, context: Float32, references: Sequence[Float32] = (),
+        blocks: Blocks | None = None,
+    ) -> Float32:  # fmt: skip
         module: QwenImageTransformer = self.transformer.module
         frames = [_even(frame) for frame in (x if x.ndim == 4 else x[None])]
         others = [_even(latents) for latents in references]
@@ -291,8 +295,11 @@ class QwenImagePipeline(Pipeline):
         }
         if module.config.zero_cond_t and n_others:
             inputs["modulation_zero"] = self._modulation(0.0).image[: net.N_MOD * module.config.n_layers]
-        graph = self._step_graph(n_patches, len(context), n_others)
-        out = self._compute(f"the transformer at sigma {sigma:.4f}", graph, **inputs)["out"]
+        stage, sizes = f"the transformer at sigma {sigma:.4f}", (n_patches, len(context), n_others)
+        if blocks is None:
+            out = self._compute(stage, self._step_graph(*sizes), **inputs)["out"]
+        else:
+            out = self._in_parts(stage, sigma, blocks, inputs, partial(self._part_graph, *sizes))
         parts = np.split(out.reshape(n_patches, -1), len(frames))
         h, w = x.shape[-2:]
         found = np.stack([net.unpatchify(part, *frames[0].shape[1:])[:, :h, :w] for part in parts])
@@ -303,6 +310,13 @@ class QwenImagePipeline(Pipeline):
         unit = 1 / net.position_steps(n_text, self.compat)
         build = partial(transformer.module.step_graph, transformer.backend, n_patches, n_text, n_references, unit=unit)
         return transformer.graph((n_patches, n_text, n_references), build)
+
+    def _part_graph(self, n_patches: int, n_text: int, n_references: int, cut: Cut) -> Graph:
+        transformer = self.transformer  # three parts, for prompt and negative prompt
+        unit = 1 / net.position_steps(n_text, self.compat)
+        sizes = n_patches, n_text, n_references
+        build = partial(transformer.module.part_graph, transformer.backend, *sizes, cut, unit=unit)
+        return transformer.graph((*sizes, cut), build, n_kept=6)
 
     def _sigmas(
         self, n: int, explicit: Sequence[float] | None, name: str | None, shift: float | None, method: str,

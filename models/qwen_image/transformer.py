@@ -30,6 +30,7 @@ from ..compute import Compute
 from ..lora import Naming, extra_nodes
 from ..nn import Linear, Module, RMSNorm, attention, graph_use, linear_gelu
 from ..rope import apply_rope_axes
+from ..step_cache import Cut
 
 PATCH = 2  # latent pixels along a side of a patch
 T_EMBED = 256  # width of the time sinusoid
@@ -304,9 +305,18 @@ class QwenImageTransformer(Module):
         """Patches ne [patch_dim, n], the target's first; text of `context`; the runs of both streams; positions of the
         text tokens, then of the image tokens. Returns the velocity of the target's patches, ne [patch_dim, n_target].
         """
-        x = self.img_in(x)  # ne [dim, n_image]
-        for i, block in enumerate(self.transformer_blocks):
-            x, text = block(x, text, runs, [text_run], N_MOD * i, positions)
+        x, _ = self._blocks(self.img_in(x), text, runs, text_run, positions, 0, len(self.transformer_blocks))
+        return self._out(x, runs, n_target)
+
+    def _blocks(
+        self, x: Tensor, text: Tensor, runs: Sequence[Run], text_run: Run, positions: Positions, begin: int, end: int
+    ) -> tuple[Tensor, Tensor]:
+        """Both streams, ne [dim, n_image] and [dim, n_text], through blocks begin ... end - 1."""
+        for i in range(begin, end):
+            x, text = self.transformer_blocks[i](x, text, runs, [text_run], N_MOD * i, positions)
+        return x, text
+
+    def _out(self, x: Tensor, runs: Sequence[Run], n_target: int) -> Tensor:
         target = Run(0, n_target, runs[0].vectors)
         x = modulated(target.tokens(x), [target], N_MOD * len(self.transformer_blocks))  # ne [dim, n_target]
         return self.proj_out(x)
@@ -340,22 +350,60 @@ class QwenImageTransformer(Module):
         modulation_zero. Output out, numpy [n_patches, patch_dim].
         """
         c = self.config
-        n = n_patches + n_references
-        apart = c.zero_cond_t and n_references > 0
-        graph = Graph(backend, n_nodes=128 + (100 if apart else 80) * c.n_layers + extra_nodes(self))
-        patches = graph.input((c.patch_dim, n), name="patches")
+        graph, runs, text_run, positions = self._step_inputs(backend, n_patches, n_text, n_references, c.n_layers, unit)
+        patches = graph.input((c.patch_dim, n_patches + n_references), name="patches")
         context = graph.input((c.dim, n_text), name="context")
-        position = graph.input((n_text + n, 3), Type.I32, name="position")
-        axes = [ops.view(position, (n_text + n,), offset=axis * position.nb[1]) for axis in range(3)]
+        assert text_run
+        graph.output(self(patches, context, runs, text_run, positions, n_patches), name="out")
+        return graph
+
+    def part_graph(
+        self, backend: Backend, n_patches: int, n_text: int, n_references: int, cut: Cut, *, unit: float = 1.0
+    ) -> Graph:
+        """A part of `step_graph`, with the inputs that it needs; parts hand on x, numpy [all patches, dim], and, where
+        blocks follow, text, [n_text, dim].
+        """
+        c, n, n_blocks = self.config, n_patches + n_references, cut.end - cut.begin
+        graph, runs, text_run, positions = self._step_inputs(backend, n_patches, n_text, n_references, n_blocks, unit)
+        if cut.first:
+            x = self.img_in(graph.input((c.patch_dim, n), name="patches"))
+        else:
+            x = graph.input((c.dim, n), name="x")
+        before = x
+        if text_run:
+            text = graph.input((c.dim, n_text), name="context" if cut.first else "text")
+            x, text = self._blocks(x, text, runs, text_run, positions, cut.begin, cut.end)
+            if cut.end < c.n_layers:
+                graph.output(text, name="text")
+        if cut.last:
+            graph.output(self._out(x, runs, n_patches), name="out")
+            return graph
+        graph.output(x, name="x")
+        if cut.first:
+            graph.output(ops.sub(x, before), name="change")
+        return graph
+
+    def _step_inputs(
+        self, backend: Backend, n_patches: int, n_text: int, n_references: int, n_blocks: int, unit: float
+    ) -> tuple[Graph, list[Run], Run | None, Positions]:
+        """A graph with the inputs that say where and when tokens are: runs of image and text, positions. Those that no
+        block would read are not there.
+        """
+        c, n = self.config, n_patches + n_references
+        apart = c.zero_cond_t and n_references > 0
+        graph = Graph(backend, n_nodes=128 + (100 if apart else 80) * n_blocks + extra_nodes(self))
         n_vectors = N_MOD * c.n_layers
         image = graph.input((c.dim, n_vectors + 2), name="modulation_image")
+        if not n_blocks:
+            return graph, [Run(0, n, image)], None, Positions([], unit)
+        position = graph.input((n_text + n, 3), Type.I32, name="position")
+        axes = [ops.view(position, (n_text + n,), offset=axis * position.nb[1]) for axis in range(3)]
         text = graph.input((c.dim, n_vectors), name="modulation_text")
         runs = [Run(0, n_patches if apart else n, image)]
         if apart:
             zero = graph.input((c.dim, n_vectors), name="modulation_zero")
             runs.append(Run(n_patches, n_references, zero))
-        graph.output(self(patches, context, runs, Run(0, n_text, text), Positions(axes, unit), n_patches), name="out")
-        return graph
+        return graph, runs, Run(0, n_text, text), Positions(axes, unit)
 
     def modulate(
         self, backend: Backend, sigmas: Sequence[float] | NDArray[np.float32], compute: Compute = Graph.compute

@@ -34,6 +34,7 @@ from ..prediction import Phase, all_spans
 from ..qwen3 import Qwen3
 from ..rng import RNG
 from ..sampler import find_sampler
+from ..step_cache import Blocks, Cut
 from ..tokenizer import TEMPLATE, Tokenizer
 from . import transformer as net
 from .components import open_autoencoder, open_text_encoder, open_transformer
@@ -125,23 +126,35 @@ class ZImagePipeline(Pipeline):
 
     # -- steps --------------------------------------------------------------------------------------------------------
 
-    def _velocity(self, x: Float32, sigma: float, context: Float32, references: Sequence[Float32] = ()) -> Float32:
+    def _velocity(
+        self, x: Float32, sigma: float, context: Float32, references: Sequence[Float32] = (),
+        blocks: Blocks | None = None,
+    ) -> Float32:  # fmt: skip
         _, h, w = x.shape
         padded_x = np.pad(x, ((0, 0), (0, h % 2), (0, w % 2)))  # sizes that are no multiple of 16
         rows, columns = padded_x.shape[1] // net.PATCH, padded_x.shape[2] // net.PATCH
-        graph = self._step_graph(rows * columns, len(context))
+        sizes = rows * columns, len(context)
         position = np.concatenate(
             [net.image_positions(rows, columns, len(context)), net.context_positions(len(context))], axis=1
         )
         t = np.array([net.T_SCALE * (1 - sigma)], np.float32)
         inputs = dict(patches=net.patchify(padded_x), t=t, context=context, position=position)
-        out = self._compute(f"the transformer at sigma {sigma:.4f}", graph, **inputs)["out"]
+        stage = f"the transformer at sigma {sigma:.4f}"
+        if blocks is None:
+            out = self._compute(stage, self._step_graph(*sizes), **inputs)["out"]
+        else:
+            out = self._in_parts(stage, sigma, blocks, inputs, partial(self._part_graph, *sizes))
         return -net.unpatchify(out, *padded_x.shape[1:])[:, :h, :w]
 
     def _step_graph(self, n_patches: int, n_context: int) -> Graph:
         transformer = self.transformer  # keeps two graphs: prompt and negative prompt
         build = partial(transformer.module.step_graph, transformer.backend, n_patches, n_context)
         return transformer.graph((n_patches, n_context), build)
+
+    def _part_graph(self, n_patches: int, n_context: int, cut: Cut) -> Graph:
+        transformer = self.transformer  # three parts, for prompt and negative prompt
+        build = partial(transformer.module.part_graph, transformer.backend, n_patches, n_context, cut)
+        return transformer.graph((n_patches, n_context, cut), build, n_kept=6)
 
     def _sigmas(
         self, n: int, explicit: Sequence[float] | None, name: str | None, shift: float | None, method: str,

@@ -24,6 +24,7 @@ from pyggml import Backend, Graph, Tensor, Type, ops
 from ..lora import Naming, extra_nodes
 from ..nn import Linear, Module, RMSNorm, attention, graph_use, split_heads
 from ..rope import apply_rope_axes
+from ..step_cache import Cut
 
 PATCH = 2  # latent pixels along a side of a patch
 MULTIPLE = 32  # both sequences are padded to a multiple of it
@@ -245,16 +246,19 @@ class ZImageTransformer(Module):
         """
         n_patches = x.ne[1]
         t = self.t_embedder(t)  # ne [adaln_dim, 1]
-        x = pad_tokens(self.x_embedder(x), self.x_pad_token.tensor)  # ne [dim, n_image]
-        n_image = x.ne[1]
-        image_positions = [ops.view(p, (n_image,)) for p in positions]
-        for block in self.noise_refiner:
-            x = block(x, image_positions, t)
-        x = ops.concat(x, context, dim=1)  # ne [dim, n_image + n_context]
+        x = self._joined(x, t, context, positions)  # ne [dim, n_image + n_context]
         for block in self.layers:
             x = block(x, positions, t)
         x = ops.view(x, (x.ne[0], n_patches))
         return self.final_layer(x, t)
+
+    def _joined(self, x: Tensor, t: Tensor, context: Tensor, positions: list[Tensor]) -> Tensor:
+        """Patches, refined, and the context as one stream."""
+        x = pad_tokens(self.x_embedder(x), self.x_pad_token.tensor)  # ne [dim, n_image]
+        image_positions = [ops.view(p, (x.ne[1],)) for p in positions]
+        for block in self.noise_refiner:
+            x = block(x, image_positions, t)
+        return ops.concat(x, context, dim=1)
 
     # -- graphs -------------------------------------------------------------------------------------------------------
 
@@ -275,6 +279,29 @@ class ZImageTransformer(Module):
         context = graph.input((c.dim, n_context), name="context")
         positions = input_positions(graph, padded(n_patches) + n_context)
         graph.output(self(patches, t, context, positions), name="out")
+        return graph
+
+    def part_graph(self, backend: Backend, n_patches: int, n_context: int, cut: Cut) -> Graph:
+        """A part of `step_graph`, with the inputs that it needs; parts hand on x, numpy [n_tokens, dim]."""
+        c, n_tokens = self.config, padded(n_patches) + n_context
+        n_blocks = cut.end - cut.begin + (c.n_noise_refiners if cut.first else 0)
+        graph = Graph(backend, n_nodes=256 + 80 * n_blocks + extra_nodes(self))
+        positions = input_positions(graph, n_tokens) if n_blocks else []
+        t = self.t_embedder(graph.input((1,), name="t"))
+        if cut.first:
+            patches = graph.input((c.patch_dim, n_patches), name="patches")
+            x = self._joined(patches, t, graph.input((c.dim, n_context), name="context"), positions)
+        else:
+            x = graph.input((c.dim, n_tokens), name="x")
+        before = x
+        for block in self.layers[cut.begin : cut.end]:
+            x = block(x, positions, t)
+        if cut.last:
+            graph.output(self.final_layer(ops.view(x, (c.dim, n_patches)), t), name="out")
+            return graph
+        graph.output(x, name="x")
+        if cut.first:
+            graph.output(ops.sub(x, before), name="change")
         return graph
 
 

@@ -1,0 +1,341 @@
+"""Controls of the steps, on tiny models of both families: guidance that remembers, step caches."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from tiny_models import write_tiny_models, write_tiny_qwen
+
+import models
+from models.guidance import APG, CFGZero, Guidance
+from models.pipeline import Pipeline
+from models.room import Room
+from models.step_cache import DBCache, EasyCache, StepCache, TaylorSeer
+from pyggml import Backend
+from studio import cli
+from studio.generate import DEMO, DEMO_FILES
+
+RUN: dict[str, Any] = {"width": 32, "height": 32, "num_inference_steps": 4, "output_type": "latent"}
+
+
+@pytest.fixture(scope="module", params=["z_image", "qwen_image"])
+def pipe(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pipeline]:
+    write = {"z_image": write_tiny_models, "qwen_image": write_tiny_qwen}[request.param]
+    with Backend.cpu(1) as backend:
+        with models.load(**write(tmp_path_factory.mktemp(request.param)), backend=backend) as pipe:
+            yield pipe
+
+
+# -- guidance ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("guidance", [APG(3.0), APG(3.0, norm_threshold=2.0), CFGZero(3.0)], ids=str)
+def test_guidance_begins_anew_for_each_picture(pipe: Pipeline, guidance: Guidance) -> None:
+    both = pipe("a red circle", **RUN, guidance=guidance, seed=5, num_images_per_prompt=2).images
+    for seed, picture in zip((5, 6), both, strict=True):
+        again = pipe("a red circle", **RUN, guidance=guidance, seed=seed).images[0]
+        np.testing.assert_array_equal(picture, again)
+    plain = pipe("a red circle", **RUN, guidance=APG(3.0, eta=1, momentum=0), seed=5).images[0]
+    assert np.abs(plain - both[0]).max() > 1e-3
+
+
+def test_plain_apg_is_cfg_and_cfg_zero_stands_still_first(pipe: Pipeline) -> None:
+    seen: list[Any] = []
+
+    def look(pipe: Pipeline, step: int, timestep: float, live: dict[str, Any]) -> dict[str, Any]:
+        seen.append(live["latents"])
+        return {}
+
+    noise = np.random.default_rng(1).standard_normal((16, 4, 4)).astype(np.float32)
+    pipe("a cat", **RUN, guidance=CFGZero(3.0, zero_steps=2), latents=noise, callback_on_step_end=look)
+    np.testing.assert_array_equal(seen[1], noise)
+    assert np.abs(seen[2] - noise).max() > 1e-3
+    with pytest.raises(ValueError, match="guidance is given, and numbers"):
+        pipe("a cat", **RUN, guidance=CFGZero(3.0), cfg_scale=2.0)
+
+
+def test_guidance_on_the_command_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    small = ["-W", "64", "-H", "64", "--steps", "3", "-t", "1", "--cfg-scale", "4"]
+    found = {}
+    for name, options in {
+        "plain": [], "apg": ["--guidance", "apg"], "zero": ["--guidance", "cfg-zero"],
+        "args": ["--extra-sample-args", "apg_eta=0,apg_momentum=-0.5"],
+        "eta": ["--extra-sample-args", "apg_eta=0"], "number": ["--guidance", "3.5"],
+    }.items():  # fmt: skip
+        assert cli.main(["generate", "a red circle on blue", *small, *options, "-o", f"{name}.png"]) == 0
+        with Image.open(f"{name}.png") as picture:
+            found[name] = np.asarray(picture).tobytes(), str(picture.info["parameters"])
+    assert "has no effect" in capsys.readouterr().err
+    assert found["apg"][0] == found["args"][0] and found["number"][0] == found["plain"][0]
+    assert len({picture for picture, _ in found.values()}) == 4
+    assert "Guidance: cfg-zero" in found["zero"][1]
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    (["--guidance", "apg"], "needs --cfg-scale above 1"),
+    (["--guidance", "best"], "choose from apg, cfg-zero"),
+    (["--guidance", "cfg-zero", "--extra-sample-args", "apg_eta=1"], "--guidance cfg-zero has cfg_zero_steps"),
+    (["--extra-sample-args", "cfg_zero_steps=1"], "needs --guidance cfg-zero"),
+    (["--extra-sample-args", "apg_et=1"], "choose from apg_eta"),
+    (["--extra-sample-args", "apg_eta=x"], "'x' is no number"),
+    (["--guidance", "cfg-zero", "--cfg-scale", "4", "--extra-sample-args", "cfg_zero_steps=1.5"], "whole number"),
+    (["--guidance", "apg", "--cfg-scale", "4", "--extra-sample-args", "apg_norm_threshold=nan"], "finite numbers"),
+])  # fmt: skip
+def test_bad_options_of_guidance(
+    options: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(models, "load", lambda *a, **k: pytest.fail("a model was loaded"))
+    assert cli.main(["generate", "x", *options]) == 2
+    assert message in capsys.readouterr().err
+
+
+# -- step caches ------------------------------------------------------------------------------------------------------
+
+LONG: dict[str, Any] = {**RUN, "num_inference_steps": 10, "cfg_scale": 3.0, "seed": 3}
+NEVER = [EasyCache(threshold=0), DBCache(front=1, threshold=0, warmup=0), DBCache(front=1, threshold=0, order=2)]
+
+
+def drawn(pipe: Pipeline, cache: StepCache | None, **more: Any) -> tuple[Any, dict[str, int]]:
+    result = pipe("a red circle", **{**LONG, **more}, cache=cache)
+    return result.images[0], result.report.cache
+
+
+@pytest.mark.parametrize("cache", NEVER, ids=str)
+@pytest.mark.parametrize("method", ["euler", "heun"])
+def test_a_threshold_of_0_changes_no_byte(pipe: Pipeline, cache: StepCache, method: str) -> None:
+    exact, nothing = drawn(pipe, None, method=method)
+    kept, counts = drawn(pipe, cache, method=method)
+    np.testing.assert_array_equal(kept, exact)
+    evaluations = 2 * (10 if method == "euler" else 19)
+    assert nothing == {}
+    assert counts == {"steps": 10, "steps_skipped": 0, "evaluations": evaluations, "evaluations_skipped": 0}
+
+
+def test_more_is_skipped_and_errs_more_with_the_threshold(pipe: Pipeline) -> None:
+    exact, _ = drawn(pipe, None)
+    for make in (
+        lambda t: EasyCache(threshold=t, start=0, end=1),
+        lambda t: DBCache(front=1, threshold=t, warmup=2),
+        lambda t: DBCache(front=1, threshold=t, warmup=2, order=1),
+    ):
+        skipped, errors = [], []
+        for threshold in (0.0, 0.1, 100.0):
+            found, counts = drawn(pipe, make(threshold))
+            assert counts["steps"] == 10 and counts["evaluations"] == 20
+            skipped.append(counts["evaluations_skipped"])
+            errors.append(float(np.abs(found - exact).mean()))
+        assert skipped == sorted(skipped) and skipped[-1] == 16, skipped
+        assert errors == sorted(errors) and errors[-1] > errors[0] == 0, errors
+
+
+def test_skipped_evaluations_do_not_run_the_network(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[str] = []
+    compute = pipe._compute
+
+    def counted(stage: str, graph: Any, **inputs: Any) -> Any:
+        ran.append(stage)
+        return compute(stage, graph, **inputs)
+
+    pipe("a red circle", **LONG)  # prompts and what is made of them once
+    monkeypatch.setattr(pipe, "_compute", counted)
+    for cache, per_computed, per_skipped in (
+        (EasyCache(threshold=100.0), 1, 0), (TaylorSeer(warmup=2), 1, 0),
+        (DBCache(front=1, warmup=2, threshold=100.0), 3, 2),
+    ):  # fmt: skip
+        ran.clear()
+        _, counts = drawn(pipe, cache)
+        skipped = counts["evaluations_skipped"]
+        stages = [stage for stage in ran if "transformer" in stage]
+        assert skipped > 0 and len(stages) == per_computed * (20 - skipped) + per_skipped * skipped
+
+
+def test_nothing_leaks_into_the_next_picture(pipe: Pipeline) -> None:
+    for cache in (EasyCache(threshold=2), TaylorSeer(warmup=2), DBCache(front=1, warmup=2, threshold=2, order=1)):
+        result = pipe("a red circle", **LONG, cache=cache, num_images_per_prompt=2)
+        apart = [drawn(pipe, cache, seed=seed) for seed in (3, 4)]
+        for picture, (again, _) in zip(result.images, apart, strict=True):
+            np.testing.assert_array_equal(picture, again)
+        assert result.report.cache == {key: sum(counts[key] for _, counts in apart) for key in apart[0][1]}
+        assert result.report.cache["evaluations_skipped"] > 0
+
+
+def test_taylorseer_and_masks_say_which_steps_run(pipe: Pipeline) -> None:
+    _, counts = drawn(pipe, TaylorSeer(warmup=2, interval=2))  # 0 1 - - 4 - - 7 - 9
+    assert (counts["steps_skipped"], counts["evaluations_skipped"]) == (5, 10)
+    mask = tuple(step % 2 == 0 for step in range(10))
+    _, counts = drawn(pipe, TaylorSeer(warmup=2, interval=9, mask=mask))  # 0 1 2 - 4 - 6 - 8 9
+    assert counts["steps_skipped"] == 3
+    for cache in (EasyCache(0, mask=mask, static=True), DBCache(front=1, threshold=0, mask=mask, static=True)):
+        assert drawn(pipe, cache)[1]["steps_skipped"] == 5
+
+
+def test_several_evaluations_a_step(pipe: Pipeline) -> None:
+    """Each is asked for on its own; a step is skipped when all of its evaluations are."""
+    _, counts = drawn(pipe, TaylorSeer(warmup=2, interval=1), method="heun")  # 0 1 - 3 - 5 - 7 - 9
+    assert counts == {"steps": 10, "steps_skipped": 4, "evaluations": 38, "evaluations_skipped": 16}
+    _, counts = drawn(pipe, EasyCache(threshold=100.0, start=0.5), method="heun")
+    assert counts["steps_skipped"] == 4 and counts["evaluations_skipped"] == 16
+
+
+def test_as_the_formulas_say(pipe: Pipeline) -> None:
+    """EasyCache and TaylorSeer once more, in numpy and double precision, around an Euler loop."""
+    cond, levels = pipe.encode("a red circle"), np.linspace(1, 0, 13, dtype=np.float32)
+    noise = np.random.default_rng(2).standard_normal((16, 4, 4)).astype(np.float32)
+
+    def mean(a: Any) -> float:
+        return float(np.abs(np.asarray(a, np.float64)).mean())
+
+    def easy(threshold: float) -> tuple[Any, int]:
+        x, moved, k, n = noise, 0.0, None, 0
+        x_last = v_last = x_full = v_full = None
+        for i, (s, s_next) in enumerate(pairwise(levels)):
+            skip = False
+            if k is not None and 1 <= i < 11:
+                moved += k * mean(x - x_last) / mean(v_last)
+                skip = moved < threshold
+            if skip:
+                v, n = x + (v_full - x_full), n + 1
+            else:
+                v = pipe._velocity(x, float(s), context, ())
+                k = None if x_full is None else mean(v - v_full) / mean(x - x_full)
+                x_full, v_full, moved = x, v, 0.0
+            x_last, v_last = x, v
+            x = x + v * (s_next - s)
+        return x, n
+
+    def taylor() -> Any:
+        x, values = noise, []  # type: ignore[var-annotated]
+        for i, (s, s_next) in enumerate(pairwise(levels)):
+            if i in (4, 5, 7, 8, 10):
+                (s0, f0), (s1, f1), (s2, f2) = values[:-4:-1]
+                first, second = (f0 - f1) / (s0 - s1), (f1 - f2) / (s1 - s2)
+                v = f0 + first * (s - s0) + (first - second) / (s0 - s1) * (s - s0) ** 2 / 2
+            else:
+                v = pipe._velocity(x, float(s), context, ())
+                values.append((s, v))
+            x = x + v * (s_next - s)
+        return x
+
+    with pipe.transformer.in_use():
+        context = pipe._context(cond)
+        expected = {t: easy(t) for t in (0.6, 2.0, 6.0)}
+        extrapolated = taylor()
+    for threshold, (latents, n) in expected.items():
+        run = EasyCache(threshold, start=0.1).begin(12)
+        np.testing.assert_allclose(pipe.denoise(noise, levels, cond, cache=run), latents, rtol=1e-4, atol=1e-4)
+        assert run.counts["evaluations_skipped"] == n
+    assert len({n for _, n in expected.values()}) > 1
+    run = TaylorSeer(order=2, warmup=4, interval=2).begin(12)
+    np.testing.assert_allclose(pipe.denoise(noise, levels, cond, cache=run), extrapolated, rtol=1e-3, atol=1e-3)
+
+
+def test_dbcache_adds_what_the_middle_added_last(pipe: Pipeline) -> None:
+    """A skipped step by hand: the graph's own parts, with the sum of the step before."""
+    settings = DBCache(front=1, warmup=1, threshold=1e9)
+    run = settings.begin(2)
+    context = pipe._context(pipe.encode("a red circle"))
+    x = np.random.default_rng(4).standard_normal((16, 4, 4)).astype(np.float32)
+    seen: list[dict[str, Any]] = []
+    compute = pipe._compute
+
+    def keep(stage: str, graph: Any, **inputs: Any) -> Any:
+        seen.append({**inputs, **(out := compute(stage, graph, **inputs))})
+        return out
+
+    pipe._compute = keep  # type: ignore[method-assign]
+    try:
+        for sigma in (0.9, 0.8):
+            run.evaluate(0, x, sigma, lambda blocks, s=sigma: pipe._velocity(x, s, context, (), blocks))  # type: ignore[misc]
+            run.end_step()
+    finally:
+        del pipe._compute  # type: ignore[method-assign]
+    parts = [one for one in seen if "patches" in one or "x" in one]
+    front, middle, _, front2, back2 = parts
+    np.testing.assert_allclose(back2["x"], front2["x"] + (middle["x"] - front["x"]), rtol=1e-5, atol=1e-5)
+    assert np.abs(front2["x"] - front["x"]).max() > 0
+
+
+def test_a_cache_that_leaves_nothing_is_refused(pipe: Pipeline) -> None:
+    n = pipe.transformer.module.config.n_layers
+    with pytest.raises(ValueError, match=f"the network has {n} blocks: 8 at the front"):
+        drawn(pipe, DBCache())
+
+
+def test_a_cache_with_back_blocks_and_weights_that_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the demo, which has three blocks. With too little memory for the weights the bytes are the same."""
+    run: dict[str, Any] = {"width": 64, "height": 64, "num_inference_steps": 8, "output_type": "latent"}
+    with models.load(*(DEMO / name for name in DEMO_FILES), n_threads=1) as pipe:
+        exact = pipe("a red circle", **run).images[0]
+        never, often = (DBCache(front=1, back=1, threshold=t, warmup=2, order=1) for t in (0, 0.3))
+        np.testing.assert_array_equal(pipe("a red circle", **run, cache=never).images[0], exact)
+        skipped = pipe("a red circle", **run, cache=often)
+        assert 0 < skipped.report.cache["steps_skipped"] <= 6
+        monkeypatch.setattr(pipe.residency, "_find_room", lambda: Room(1 << 20, "a test"))
+        again = pipe("a red circle", **run, cache=often)
+        np.testing.assert_array_equal(again.images[0], skipped.images[0])
+        assert again.report.cache == skipped.report.cache
+        if sys.platform == "linux":
+            assert any(s.stage == "the transformer" and s.passes for s in again.report.residency.streams)
+
+
+@pytest.mark.parametrize("make", [
+    lambda: EasyCache(threshold=-1), lambda: EasyCache(threshold=float("nan")), lambda: EasyCache(start=0.5, end=0.5),
+    lambda: DBCache(front=0), lambda: DBCache(back=-1), lambda: DBCache(warmup=-1), lambda: DBCache(order=5),
+    lambda: TaylorSeer(interval=0), lambda: TaylorSeer(order=-1),
+])  # fmt: skip
+def test_settings_that_cannot_be(make: Any) -> None:
+    with pytest.raises(ValueError, match="cache"):
+        make()
+
+
+def test_caches_on_the_command_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    small = ["-W", "64", "-H", "64", "--steps", "8", "-t", "1"]
+    counts = {}
+    for mode, option in {
+        "easycache": "threshold=0.5,start=0,end=1", "dbcache": "Fn=1,Bn=1,threshold=0.5,warmup=2",
+        "taylorseer": "warmup=2,order=2,interval=1", "cache-dit": "fn=1,threshold=0.5,warmup=2",
+    }.items():  # fmt: skip
+        options = ["--cache-mode", mode, "--cache-option", option, "--report", "r.json", "-o", f"{mode}.png"]
+        assert cli.main(["generate", "a red circle on blue", *small, *options]) == 0
+        counts[mode] = json.loads(Path("r.json").read_text())["cache"]
+        with Image.open(f"{mode}.png") as picture:
+            assert "Cache: " in picture.info["parameters"]
+    assert all(c["steps"] == 8 and 0 < c["steps_skipped"] < 8 for c in counts.values()), counts
+    assert counts["taylorseer"]["steps_skipped"] == 3
+    assert cli.main(["generate", "x", *small, "--cache-mode", "dbcache"]) == 2
+    assert "the network has 3 blocks" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    (["--cache-option", "threshold=1"], "need --cache-mode"),
+    (["--cache-mode", "tea"], "invalid choice: 'tea'"),
+    (["--cache-mode", "easycache", "--cache-option", "Fn=1"], "choose from threshold, start, end"),
+    (["--cache-mode", "easycache", "--cache-option", "threshold"], "'' is no number"),
+    (["--cache-mode", "dbcache", "--cache-option", "Fn=1.5"], "front is a whole number"),
+    (["--cache-mode", "dbcache", "--cache-option", "Fn=inf"], "front is a whole number"),
+    (["--cache-mode", "dbcache", "--scm-mask", "1,2"], "0s and 1s"),
+    (["--cache-mode", "easycache", "--cache-option", "threshold=-1"], "not below 0"),
+])  # fmt: skip
+def test_bad_options_of_caches(
+    options: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(models, "load", lambda *a, **k: pytest.fail("a model was loaded"))
+    try:
+        code = cli.main(["generate", "x", *options])
+    except SystemExit as error:  # argparse's
+        code = int(str(error.code))
+    assert code == 2 and message in capsys.readouterr().err
