@@ -7,6 +7,7 @@ Nothing heavy is imported before a command runs.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import io
 import os
 import sys
@@ -228,8 +229,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.command is None:
         parser.print_help()
         return 0
-    if getattr(args, "verbose", False):
-        _log_to_stderr()
+    log = _log_to_stderr() if getattr(args, "verbose", False) else None
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # file names may be no UTF-8
             stream.reconfigure(errors="backslashreplace")
@@ -252,6 +252,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         code, text = _explain(error)
         print(f"error: {text}", file=sys.stderr)
         return code
+    finally:
+        if log is not None:  # who calls `main` more than once may have another stderr by then
+            log.close()
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -305,8 +308,8 @@ def _explain(error: Exception) -> tuple[int, str]:
     return FAILED, f"{type(error).__name__}: {text} (this is a fault of pyggml; -v shows where)"
 
 
-def _log_to_stderr() -> None:
-    """Lines in the form that stable-diffusion.cpp prints."""
+def _log_to_stderr() -> contextlib.ExitStack:
+    """Lines in the form that stable-diffusion.cpp prints, until what is returned is closed."""
     import logging
 
     logging.addLevelName(logging.WARNING, "WARN")
@@ -314,7 +317,12 @@ def _log_to_stderr() -> None:
     handler.setFormatter(logging.Formatter("[%(levelname)-5s] %(filename)s:%(lineno)-4d - %(message)s"))
     root = logging.getLogger("pyggml")
     root.addHandler(handler)
+    level = root.level
     root.setLevel(logging.DEBUG)
+    before = contextlib.ExitStack()
+    before.callback(root.removeHandler, handler)
+    before.callback(root.setLevel, level)
+    return before
 
 
 if __name__ == "__main__":

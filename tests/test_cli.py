@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import os
 import re
 import select
@@ -494,8 +495,9 @@ def test_out_of_memory_and_blank_pictures_are_our_failures(
 def test_verbose_shows_where_it_failed(
     in_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cli, "_log_to_stderr", lambda: None)
+    before = list(logging.getLogger("pyggml").handlers)
     code, _, err = run("generate", PROMPT, "-v", "-o", "missing/x.png", capsys=capsys)
+    assert logging.getLogger("pyggml").handlers == before  # ours went with the command
     assert code == 2 and err.startswith("Traceback") and err.splitlines()[-1].startswith("error: missing/x.png")
 
 
