@@ -149,8 +149,9 @@ def files_of(folder: Path, kind: Type) -> dict[str, Path]:
 def loaded(files: Mapping[str, Path], backend: Backend, **options: Any) -> Iterator[Any]:
     """A pipeline on one backend. On lavapipe it computes each graph operation by operation.
 
-    Mesa 22.3.6, Debian 12's, ends the process now and then in command buffers of several dispatches: its thread calls a
-    function that is none, or the heap is broken. With one operation at a time that was never seen.
+    With Mesa 22.3.6, Debian 12's, command buffers of several dispatches end the process in most runs: a thread calls a
+    function that is none, or the heap is broken. Whose fault it is was not found: Mesa's, ggml's, or ours. With one
+    operation at a time it was never seen.
     """
     with open_checkpoint(DEMO["llm"]) as checkpoint:
         tokenizer = Tokenizer.for_checkpoint(checkpoint)
