@@ -83,6 +83,13 @@ class Component:
             if not self._n_uses and self.place.offloads:
                 self._give_back()
 
+    def rest(self) -> None:
+        """End the visit of weights that only visit the backend, as before they are changed: the next `in_use` brings
+        them anew, also inside of another.
+        """
+        if self._visit is not None:
+            self._give_back()
+
     def stream(self, graph: Graph) -> Stream | None:
         """What the weights of that graph come by, if they come piece by piece."""
         return self._visit if isinstance(self._visit, Stream) and self._visit.feeds(graph) else None

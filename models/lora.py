@@ -287,17 +287,21 @@ class Loras:
     """The LoRAs of a pipeline: which are loaded, which are active and how strongly.
 
     `targets`: role -> component. An instance belongs to one pipeline; graphs built while other LoRAs were active must
-    not be used again: `changed` is called then.
+    not be used again: `changed` is called then. `rest(role)` is before weights of a component become others: they have
+    to be where they rest.
     """
 
-    def __init__(self, targets: Mapping[str, Target], mode: ApplyMode, changed: Callable[[], None]) -> None:
+    def __init__(
+        self, targets: Mapping[str, Target], mode: ApplyMode, changed: Callable[[], None],
+        rest: Callable[[str], None] = lambda role: None,
+    ) -> None:  # fmt: skip
         if mode not in get_args(ApplyMode):
             raise ValueError(f"lora_apply_mode is one of {', '.join(get_args(ApplyMode))}, not {mode!r}")
         self.targets = targets
         self.modes = {role: _choose(mode, target) for role, target in targets.items()}
         self.loaded: dict[str, Lora] = {}
         self.active: dict[str, float] = {}
-        self._changed = changed
+        self._changed, self._rest = changed, rest
         self._merged: dict[str, Merged] = {}
 
     def load(self, path: Path, name: str) -> LoraReport:
@@ -448,6 +452,7 @@ class Loras:
         if role in self._merged and set(self._merged[role].params) != set(changes):
             self._unmerge(role)
         if changes:
+            self._rest(role)
             target = self.targets[role]
             if role not in self._merged:
                 in_place = self.modes[role] == "immediately"
@@ -457,6 +462,7 @@ class Loras:
 
     def _unmerge(self, role: str) -> None:
         if role in self._merged:
+            self._rest(role)
             merged = self._merged.pop(role)
             try:
                 merged.restore()

@@ -134,7 +134,7 @@ class Pipeline(ABC):
             name: Target(c.module, c.weights, c.checkpoint, c.backend, c.module.naming, c.place.resting, c.options)
             for name, c in named.items()
         }
-        self.loras = Loras(targets, lora_apply_mode, self._drop_graphs)
+        self.loras = Loras(targets, lora_apply_mode, self._drop_graphs, lambda role: named[role].rest())
         self._prompts: OrderedDict[tuple[object, ...], Conditioning] = OrderedDict()
         self._key = object()
         self._cancelled = threading.Event()
@@ -379,7 +379,8 @@ class Pipeline(ABC):
 
         def velocity(branch: int, x: Float32, sigma: float) -> Float32:
             compute = partial(self._velocity, x, sigma, contexts[branch], references)
-            return compute() if cache is None else cache.evaluate(branch, x, sigma, compute)
+            with self.transformer.in_use():  # a callback may have changed weights
+                return compute() if cache is None else cache.evaluate(branch, x, sigma, compute)
 
         def estimate(x: Float32, sigma: float) -> Any:
             self._check_cancelled()

@@ -429,6 +429,49 @@ def test_loras(mode: Any, files: Files, device: Backend, tmp_path: Path, monkeyp
     assert (plain == again).all() and (plain != changed).any()
 
 
+@pytest.mark.parametrize("mode", ["at_runtime", "immediately"])
+def test_loras_set_between_steps(
+    mode: Any, files: Files, device: Backend, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is merged while weights visit the device stays when the visit ends, and goes when it is taken away."""
+    rng = np.random.default_rng(1)
+    factors = {"layers.0.attention.to_q.lora_A.weight": rng.standard_normal((4, 64), np.float32) / 5,
+               "layers.0.attention.to_q.lora_B.weight": rng.standard_normal((64, 4), np.float32) / 5,
+               "layers.1.attention_norm1.diff": rng.standard_normal(64, np.float32)}  # fmt: skip
+    save_file(factors, path := tmp_path / "lora.safetensors")
+    pictures = {}
+    for weights_are in ("there", "visiting", "streamed"):
+        options: dict[str, Any] = {} if weights_are == "there" else {"params_backend": "cpu"}
+        if weights_are == "streamed":
+            options["max_vram"] = 1 << 30
+        with monkeypatch.context() as patch:
+            patch.setattr(Place, "offloads", weights_are != "there")
+            with models.load(**files, backend=device, lora_apply_mode=mode, **options) as pipe:
+                made = [pipe("a red circle", **SMALL)]
+                if weights_are == "streamed":
+                    limit_each(pipe, made[0].report.vram, lambda weights: weights // 2)
+                for weights in ({path: 1.0}, {path: 0.5}, {}):
+                    def change(pipe: ZImagePipeline, step: int, *_: Any, weights: Any = weights) -> dict[str, Any]:
+                        if step == 0:
+                            pipe.set_loras(weights)
+                        return {}
+
+                    during = pipe("a red circle", **SMALL, callback_on_step_end=change)
+                    if weights_are == "streamed":
+                        seen = during.report.vram["z_image"]
+                        assert seen.per_pass and seen.peak <= seen.limit
+                        assert seen.passes == 4  # all of two steps; what the refiner made of the prompts is remembered
+                    made += [during, pipe("a red circle", **SMALL)]
+                pictures[weights_are] = [result.images[0] for result in made]
+    for weights_are in ("visiting", "streamed"):
+        for expected, found in zip(pictures["there"], pictures[weights_are], strict=True):
+            np.testing.assert_array_equal(found, expected)
+    plain, first, full, second, half, _, again = pictures["there"]
+    assert (plain == again).all()
+    different = (plain, first, full, second, half)
+    assert all((a != b).any() for i, a in enumerate(different) for b in different[:i])
+
+
 def test_max_vram_needs_a_device_and_weights_that_rest_on_the_host(
     device: Backend, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
