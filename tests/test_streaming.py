@@ -20,14 +20,19 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from PIL import Image
 from safetensors.numpy import save_file
-from tiny_models import write_tiny_models
+from tiny_models import golden, write_tiny_models, write_tiny_qwen
 
 import models
 from loader import LoadError, Param, load_params, open_checkpoint
 from loader.upload import Uploader
 from models.component import Component
 from models.devices import Place, places
+from models.pipeline import Pipeline
+from models.qwen_image import pipeline as qwen
+from models.qwen_image import references
+from models.step_cache import DBCache
 from models.streaming import Piece, Stream, Use, _Feeder, arrange
 from models.z_image import ZImagePipeline
 from pyggml import Backend, Cancelled, Device, Graph, OutOfMemory, SplitBackend, Tensor, ops
@@ -67,11 +72,11 @@ def limit(component: Component, n_bytes: int) -> None:
     component.place = replace(component.place, max_vram=n_bytes)
 
 
-def limit_each(pipe: ZImagePipeline, vram: Any, share: Callable[[int], int]) -> None:
-    """What each component computes with, and a share of its weights."""
+def limit_each(pipe: Pipeline, vram: Any, share: Callable[[int], int]) -> None:
+    """What each component that was used computes with, and a share of its weights."""
     for component in pipe.components():
-        seen = vram[component.weights.report.component]
-        limit(component, seen.compute + share(seen.weights))
+        if seen := vram.get(component.weights.report.component):
+            limit(component, seen.compute + share(seen.weights))
 
 
 def at_upload(monkeypatch: pytest.MonkeyPatch, n: int, act: Callable[[], object]) -> list[str]:
@@ -397,6 +402,50 @@ def test_arrangements_keep_to_the_room_and_never_share_a_place_in_use(seed: int)
                     assert sum(sizes[w] for w in piece.weights) <= found.slots[piece.slot]
             assert kept.union(*slots.values()) >= set(weights)
     assert stays[-1] == sum(sizes) and stays[0] < stays[-1]
+
+
+BLOCKS = DBCache(front=1, warmup=1, threshold=10.0)
+
+
+@pytest.mark.parametrize(("family", "more"), [
+    ("qwen_image", {}), ("qwen_image", {"reference_images": 1}), ("qwen_image", {"cache": BLOCKS}),
+    ("z_image", {"cache": BLOCKS}),
+], ids=["qwen", "qwen-edit", "qwen-dbcache", "z-image-dbcache"])  # fmt: skip
+def test_other_models_and_graphs_in_parts(
+    family: str, more: dict[str, Any], files: Files, device: Backend, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same bytes with room for half of the weights of each, guidance on."""
+    recorded = golden("qwen_pipeline")
+    for owner, name, area in zip(
+        (references, references, qwen), ("AUTOENCODER_AREA", "TOWER_AREA", "LAYERED_AREA"),
+        recorded["areas"].tolist(), strict=True,
+    ):  # fmt: skip
+        monkeypatch.setattr(owner, name, area)
+    if "reference_images" in more:
+        more = {"reference_images": [Image.fromarray(recorded["edit_2509_two/picture_0"])]}
+    given = write_tiny_qwen(tmp_path) if family == "qwen_image" else files
+    run = {**SMALL, "guidance_scale": None, "cfg_scale": 2.0, "num_inference_steps": 3, **more}
+    with monkeypatch.context() as patch:
+        patch.setattr(Place, "offloads", False)
+        with models.load(**given, backend=device, encoder=True) as pipe:
+            expected = pipe("a red circle", **run)
+    options: Any = {"max_vram": 1 << 30, "params_backend": "cpu"}
+    with models.load(**given, backend=device, encoder=True, **options) as pipe:
+        roomy = pipe("a red circle", **run)
+    with models.load(**given, backend=device, encoder=True, **options) as pipe:
+        limit_each(pipe, roomy.report.vram, lambda weights: weights // 2)
+        tight = pipe("a red circle", **run)
+    parts = {family, "vae", "qwen3" if family == "z_image" else "qwen25_vl"}
+    if "reference_images" in more:
+        parts.add("vision")
+    assert set(tight.report.vram) == set(roomy.report.vram) == parts
+    for result in (roomy, tight):
+        np.testing.assert_array_equal(result.images[0], expected.images[0])
+        assert result.report.cache == expected.report.cache
+    assert bool(expected.report.cache.get("steps_skipped")) is ("cache" in more)
+    for name, seen in tight.report.vram.items():
+        assert seen.peak <= seen.limit < roomy.report.vram[name].peak, name
+        assert seen.uploaded_bytes > seen.stays + seen.slots, name  # some came more than once, or in turns
 
 
 @pytest.mark.parametrize("mode", ["at_runtime", "immediately"])
