@@ -25,7 +25,7 @@ from loader.errors import LoadError
 from loader.lora import LoraReport
 from pyggml import Backend, Cancelled, Graph, NonFinite, SplitBackend
 
-from . import image, schedule, tiles
+from . import image, preview, schedule, tiles
 from .component import Component
 from .compute import first_bad_op
 from .guidance import Guidance
@@ -137,6 +137,7 @@ class Pipeline(ABC):
         self.loras = Loras(targets, lora_apply_mode, self._drop_graphs, lambda role: named[role].rest())
         self._prompts: OrderedDict[tuple[object, ...], Conditioning] = OrderedDict()
         self._key = object()
+        self._projection: preview.Projection | None = None
         self._cancelled = threading.Event()
         self._depth = 0  # of nested calls
         # What is split over devices computes in one piece: its pages are left to the system.
@@ -362,9 +363,11 @@ class Pipeline(ABC):
         references: Sequence[Float32] = (), inpainting: Inpainting | None = None, cache: CacheRun | None = None,
         method: str = "euler", eta: float | None = None, rng: RNG | None = None,
         callback: Callable[[int, float, Float32], Float32 | None] | None = None,
+        on_estimate: Callable[[int, Float32], object] | None = None,
     ) -> Float32:  # fmt: skip
         """Latents [16, h, w] at noise level sigmas[0] to clean ones. Conditionings may be arrays [n_tokens, dim].
-        `cache`: for this picture alone, as `EasyCache().begin(n_steps)` of models.step_cache makes it.
+        `cache`: for this picture alone, as `EasyCache().begin(n_steps)` of models.step_cache makes it. on_estimate(i,
+        latents) after step i: what the network last took the clean latents to be.
 
         NonFinite naming the step when latents stop being finite; Cancelled; ValueError for bad sigmas or method, and
         for guidance without `uncond`.
@@ -375,6 +378,7 @@ class Pipeline(ABC):
             raise ValueError("guidance needs the conditioning of a negative prompt, `uncond`")
         conds = [self._conditioning(c) for c in ((cond, uncond) if guided else (cond,)) if c is not None]
         contexts: list[Float32] = []
+        latest: list[Float32] = []
         guide = None if guidance is None else guidance.begin(sigmas)
 
         def velocity(branch: int, x: Float32, sigma: float) -> Float32:
@@ -391,6 +395,7 @@ class Pipeline(ABC):
             found = [x - np.float32(sigma) * y for y in ((v, second) if both else (v,))]
             if inpainting:
                 found = [inpainting.estimate(x0) for x0 in found]
+            latest[:] = found[:1]
             return (found[0], found[1]) if both else found[0]
 
         def after(i: int, sigma: float, x: Float32) -> Float32 | None:
@@ -398,6 +403,8 @@ class Pipeline(ABC):
                 raise NonFinite(f"step {i + 1} (sigma {sigmas[i]:.4f}): the latents are not finite")
             if cache is not None:
                 cache.end_step()
+            if on_estimate is not None:
+                on_estimate(i, latest[0])
             mixed = inpainting.after_step(x, sigma) if inpainting else x
             changed = callback(i, sigma, mixed) if callback else None
             self._check_cancelled()
@@ -467,7 +474,8 @@ class Pipeline(ABC):
         strength: float | None = None, mask_image: Path | Image.Image | None = None, cache: StepCache | None = None,
         reference_images: Sequence[Path | Image.Image] = (), layers: int | None = None, output_type: str = "pil",
         progress: Progress | None = None, callback_on_step_end: StepCallback | None = None,
-        on_image: Callable[[int, int, Any], None] | None = None,
+        on_image: Callable[[int, int, Any], None] | None = None, on_preview: preview.Show | None = None,
+        preview_mode: preview.Mode = "proj", preview_interval: int = 1,
     ) -> Result:  # fmt: skip
         """Draw `num_images_per_prompt` pictures; image i has seed + i.
 
@@ -485,7 +493,8 @@ class Pipeline(ABC):
         output_type: "pil", "np" (uint8 [H, W, 3]) or "latent"; a model of layers gives a list of them for each picture.
         progress(phase, done, total) is called as phases go on; callback_on_step_end(pipe, step, timestep, {"latents":
         ...}) after each step returns a dict whose "latents" replace the live ones; on_image(i, seed, picture) as each
-        picture is ready.
+        picture is ready; on_preview(i, step, picture), uint8 [H, W, 3], after every `preview_interval` steps, of what the
+        step took the clean picture to be, by a projection of its colours or by the autoencoder (`preview_mode`).
 
         Raises ValueError for a bad argument, Cancelled after cancel(), NonFinite instead of a blank picture.
         """
@@ -510,6 +519,7 @@ class Pipeline(ABC):
             raise ValueError(f"num_images_per_prompt must be in 1..1000, not {num_images_per_prompt}")
         if output_type not in ("pil", "np", "latent"):
             raise ValueError(f"output_type is 'pil', 'np' or 'latent', not {output_type!r}")
+        preview.check(preview_mode, preview_interval)
         if cache is not None:
             cache.check(self.transformer.module.config.n_layers)
         name = rng or ("cuda" if self.compat == "sd.cpp" else "cpu")
@@ -591,12 +601,17 @@ class Pipeline(ABC):
                 live = changed.get("latents")
                 return None if live is x else live
 
+            def look(step: int, estimate: Float32, i: int = i) -> None:
+                if on_preview is not None and (step + 1) % preview_interval == 0:
+                    on_preview(i, step, self._preview(estimate, preview_mode))
+
             caches += [] if cache is None else [cache.begin(len(levels) - 1)]
             tell("step", 0, len(levels) - 1)
             with report.phase("denoise"):
                 x = self.denoise(
                     x, levels, cond, uncond, guidance=guidance, references=references, inpainting=inpainting,
                     cache=caches[-1] if caches else None, method=method, eta=eta, rng=generator, callback=after,
+                    on_estimate=look if on_preview else None,
                 )  # fmt: skip
 
             report.cache = total_counts(caches)
@@ -649,6 +664,15 @@ class Pipeline(ABC):
         if cond._refined.get(self._key, (None,))[0] != state:
             cond._refined[self._key] = state, self._refined(cond.features)
         return cond._refined[self._key][1]
+
+    def _preview(self, latents: Float32, mode: preview.Mode) -> Pixels:
+        """A picture of latents; of a model's layers, of the first."""
+        one = latents if latents.ndim == 3 else latents[0]
+        if mode == "vae":
+            return np.ascontiguousarray(self._decoded(one)[..., :3])
+        if self._projection is None:
+            self._projection = preview.Projection.of_decoder(self._decoded, len(one))
+        return self._projection(one)
 
     def _in_parts(
         self, stage: str, sigma: float, blocks: Blocks, inputs: Mapping[str, Any], graph: Callable[[Cut], Graph]

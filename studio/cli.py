@@ -155,6 +155,10 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     where.add_argument("--vae-on-cpu", action="store_true", help="vae=cpu")
     where.add_argument("--list-devices", action="store_true", help="print names and descriptions, and exit")
     running = parser.add_argument_group("running")
+    running.add_argument("--preview", choices=("none", "proj", "vae"), default="none",
+                         help="write what is there after each step: its colours alone, or decoded (docs/sampling.md)")
+    running.add_argument("--preview-path", default="./preview.png", metavar="FILE", help="./preview.png")
+    running.add_argument("--preview-interval", type=int, default=1, metavar="N", help="after every N steps (1)")
     running.add_argument("--vae-tiling", action="store_true", help="decode in tiles, as is done when memory is short")
     running.add_argument("--vae-tile-size", metavar="XxY", help="of a tile, in latent pixels, 8 to a side (32x32)")
     running.add_argument("--vae-tile-overlap", type=float, metavar="X", help="sd-cli's; our tiles need none")

@@ -47,7 +47,10 @@ def generate(args: argparse.Namespace) -> int:
     backend, params_backend = _devices(args)
     outputs = _outputs(args.output, args.batch_count)
     report = Path(args.report) if args.report else None
-    for path in [*outputs, *([report] if report else [])] if args.command == "generate" else []:
+    previews = [Path(args.preview_path)] if args.preview != "none" else []
+    if previews and (previews[0].suffix.lower() != ".png" or args.preview_interval < 1):
+        raise ValueError("--preview-path must end in .png, and --preview-interval be at least 1")
+    for path in [*outputs, *previews, *([report] if report else [])] if args.command == "generate" else []:
         _check_writable(path)
     width, height = _side("width", args.width), _side("height", args.height)
     seed = secrets.randbelow(2**31) if args.seed < 0 else args.seed

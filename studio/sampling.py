@@ -1,10 +1,11 @@
-"""What the command line says about the steps: guidance, step caches."""
+"""What the command line says about the steps: guidance, step caches, previews."""
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 APG = {
@@ -41,9 +42,18 @@ def controls(args: argparse.Namespace, family: Any) -> dict[str, Any]:
     found: dict[str, Any] = {}
     if (guide := guidance(args, family)) is not None:
         found |= {"guidance": guide, "cfg_scale": None}  # which has it
+    if args.preview != "none":
+        found |= {"on_preview": _writes(Path(args.preview_path)), "preview_mode": args.preview,
+                  "preview_interval": args.preview_interval}  # fmt: skip
     if (kept := cache(args)) is not None:
         found["cache"] = kept
     return found
+
+
+def _writes(path: Path) -> Callable[[int, int, Any], None]:
+    from models.image import write_png
+
+    return lambda i, step, picture: write_png(path, picture, "")
 
 
 def cache(args: argparse.Namespace) -> Any:

@@ -1,4 +1,4 @@
-"""Controls of the steps, on tiny models of both families: guidance that remembers, step caches."""
+"""Controls of the steps, on tiny models of both families: guidance that remembers, step caches, previews."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from tiny_models import write_tiny_models, write_tiny_qwen
 import models
 from models.guidance import APG, CFGZero, Guidance
 from models.pipeline import Pipeline
+from models.preview import Projection
 from models.room import Room
 from models.step_cache import DBCache, EasyCache, StepCache, TaylorSeer
 from pyggml import Backend
@@ -339,3 +340,49 @@ def test_bad_options_of_caches(
     except SystemExit as error:  # argparse's
         code = int(str(error.code))
     assert code == 2 and message in capsys.readouterr().err
+
+
+# -- previews ---------------------------------------------------------------------------------------------------------
+
+
+def test_previews_come_every_n_steps_and_end_like_the_picture(pipe: Pipeline) -> None:
+    seen: dict[str, list[tuple[int, int, Any]]] = {"proj": [], "vae": []}
+    run = {**RUN, "num_inference_steps": 5, "seed": 3, "height": 48}
+    exact = pipe("a red circle", **run).images[0]
+    for mode, found in seen.items():
+        result = pipe("a red circle", **run, preview_mode=mode, preview_interval=2, num_images_per_prompt=2,
+                      on_preview=lambda *shown, found=found: found.append(shown))  # fmt: skip
+        np.testing.assert_array_equal(result.images[0], exact)
+        assert [shown[:2] for shown in found] == [(0, 1), (0, 3), (1, 1), (1, 3)]
+        assert all(p.shape == (48, 32, 3) and p.dtype == np.uint8 and p.std() > 0 for _, _, p in found)
+    last: list[Any] = []
+    pipe("a red circle", **run, preview_mode="vae", on_preview=lambda i, step, picture: last.append(picture))
+    np.testing.assert_array_equal(last[-1], pipe.decode(exact)[..., :3])
+    for bad in ({"preview_mode": "tae"}, {"preview_interval": 0}):
+        with pytest.raises(ValueError, match="preview"):
+            pipe("a red circle", **run, **bad)
+
+
+def test_a_projection_finds_a_linear_decoder_again() -> None:
+    matrix = np.random.default_rng(1).standard_normal((17, 3)) / 40
+    matrix[-1] = 0.5
+    decode = Projection(matrix)
+    found = Projection.of_decoder(decode, 16)
+    np.testing.assert_allclose(found.matrix, matrix, atol=2e-3)  # bytes are rounded
+
+
+def test_previews_of_the_demo_resemble_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the command line, and that a projection has the picture's colours: better than its mean colour everywhere."""
+    monkeypatch.chdir(tmp_path)
+    options = ["a large red circle on a blue background", "-W", "64", "-H", "64", "-t", "1"]
+    found = {}
+    for mode in ("proj", "vae"):
+        assert cli.main(["generate", *options, "--preview", mode, "--preview-path", f"{mode}.png"]) == 0
+        with Image.open(f"{mode}.png") as picture, Image.open("output.png") as output:
+            found[mode] = np.asarray(picture, np.float64), np.asarray(output, np.float64)
+    preview, output = found["proj"]
+    assert np.square(preview - output).mean() < np.square(output - output.mean((0, 1))).mean() / 3
+    np.testing.assert_array_equal(*found["vae"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["output.png", "proj.png", "vae.png"]
+    for bad in (["--preview-path", "x.jpg"], ["--preview-interval", "0"], ["--preview-path", "missing/x.png"]):
+        assert cli.main(["generate", *options, "--preview", "proj", *bad]) == 2
