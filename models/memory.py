@@ -72,10 +72,13 @@ def major_faults() -> int:
 
 @dataclass
 class Report:
-    """What a run did: seconds per phase, each step's seconds, how the weights came to rest, memory."""
+    """What a run did: seconds per phase, each step's seconds, how the weights came to rest, memory. What previews
+    take between the steps is a phase of its own, "preview", and part of no step.
+    """
 
     seconds: dict[str, float] = field(default_factory=dict)
     step_seconds: list[float] = field(default_factory=list)
+    preview_seconds: list[float] = field(default_factory=list)  # each with what was done with it
     stages: dict[str, Stage] = field(default_factory=dict)  # "the transformer", ...: what was computed in the phases
     components: dict[str, LoadReport] = field(default_factory=dict)
     memory: Memory | None = None
@@ -101,6 +104,12 @@ class Report:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
             self.memory = Memory.now()
             self.anonymous_peak = max(self.anonymous_peak, self.memory.anonymous)
+
+    def previewed(self, seconds: float) -> None:
+        """Add the time of a preview, and take it from the phase it came in."""
+        self.preview_seconds.append(seconds)
+        self.seconds["preview"] = self.seconds.get("preview", 0.0) + seconds
+        self.seconds["denoise"] = self.seconds.get("denoise", 0.0) - seconds
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers and strings, ready for JSON."""

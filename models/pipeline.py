@@ -25,7 +25,7 @@ from loader.errors import LoadError
 from loader.lora import LoraReport
 from pyggml import Backend, Cancelled, Graph, NonFinite, SplitBackend
 
-from . import image, preview, schedule, tiles
+from . import image, schedule, tiles
 from .component import Component
 from .compute import first_bad_op
 from .guidance import Guidance
@@ -33,7 +33,8 @@ from .inpainting import Inpainting, latent_mask
 from .lora import MAX_LORAS, ApplyMode, Loras, Target, check_weight
 from .memory import Report, Stage
 from .prediction import Phase
-from .residency import Residency
+from .preview import SIDE, Mode, Show, View, check_preview
+from .residency import Residency, Span
 from .rng import RNG, make_rng
 from .sampler import evaluated, find_sampler, sample
 from .step_cache import Blocks, CacheRun, Cut, StepCache, total_counts
@@ -137,7 +138,6 @@ class Pipeline(ABC):
         self.loras = Loras(targets, lora_apply_mode, self._drop_graphs, lambda role: named[role].rest())
         self._prompts: OrderedDict[tuple[object, ...], Conditioning] = OrderedDict()
         self._key = object()
-        self._projection: preview.Projection | None = None
         self._cancelled = threading.Event()
         self._depth = 0  # of nested calls
         # What is split over devices computes in one piece: its pages are left to the system.
@@ -213,8 +213,11 @@ class Pipeline(ABC):
         self, prompt: str, *, negative_prompt: str = "", height: int | None = None, width: int | None = None,
         cfg_scale: float | None = None, method: str = "euler", num_images_per_prompt: int = 1,
         encode_image: bool = False, reference_images: Sequence[Path | Image.Image] = (), layers: int | None = None,
+        preview: Mode | None = None,
     ) -> list[Phase]:  # fmt: skip
-        """The graphs that a call with these arguments computes, in order, measured; for models.prediction.predict."""
+        """The graphs that a call with these arguments computes, in order, measured; for models.prediction.predict.
+        `preview`: None for none.
+        """
 
     def _foresee(self, times: Sequence[float]) -> None:
         """Told before the steps at which noise levels the transformer will be asked, in order."""
@@ -428,10 +431,11 @@ class Pipeline(ABC):
             raise NonFinite(f"the decoder made a picture of one colour, {result[0, 0].tolist()}: nothing was drawn")
         return result
 
-    def _decoded(self, latents: Float32) -> Pixels:
-        compute, latents = partial(self._compute, "the decoder"), np.asarray(latents, np.float32)
+    def _decoded(self, latents: Float32, what: Literal["decode", "preview"] = "decode") -> Pixels:
+        compute = partial(self._compute, "the decoder" if what == "decode" else "the preview")
+        latents = np.asarray(latents, np.float32)
         with self.vae.in_use() as vae:
-            return image.to_bytes(self._tiled("decode", partial(vae.decode, self.vae.backend, latents, compute)))
+            return image.to_bytes(self._tiled(what, partial(vae.decode, self.vae.backend, latents, compute)))
 
     @_cancellable
     def encode_image(self, picture: Pixels, rng: RNG | None = None) -> Float32:
@@ -474,8 +478,8 @@ class Pipeline(ABC):
         strength: float | None = None, mask_image: Path | Image.Image | None = None, cache: StepCache | None = None,
         reference_images: Sequence[Path | Image.Image] = (), layers: int | None = None, output_type: str = "pil",
         progress: Progress | None = None, callback_on_step_end: StepCallback | None = None,
-        on_image: Callable[[int, int, Any], None] | None = None, on_preview: preview.Show | None = None,
-        preview_mode: preview.Mode = "proj", preview_interval: int = 1,
+        on_image: Callable[[int, int, Any], None] | None = None, on_preview: Show | None = None,
+        preview: Mode = "proj", preview_interval: int = 1,
     ) -> Result:  # fmt: skip
         """Draw `num_images_per_prompt` pictures; image i has seed + i.
 
@@ -493,8 +497,11 @@ class Pipeline(ABC):
         output_type: "pil", "np" (uint8 [H, W, 3]) or "latent"; a model of layers gives a list of them for each picture.
         progress(phase, done, total) is called as phases go on; callback_on_step_end(pipe, step, timestep, {"latents":
         ...}) after each step returns a dict whose "latents" replace the live ones; on_image(i, seed, picture) as each
-        picture is ready; on_preview(i, step, picture), uint8 [H, W, 3], after every `preview_interval` steps, of what the
-        step took the clean picture to be, by a projection of its colours or by the autoencoder (`preview_mode`).
+        picture is ready.
+
+        on_preview(i, step, picture): after every `preview_interval` steps, what the step takes the clean picture to be,
+        uint8 [h, w, 3]; by a `preview` of "proj", a projection of its colours at an eighth of the size, or "vae", as
+        the picture is decoded at the end. What is drawn does not change, and the report has the seconds.
 
         Raises ValueError for a bad argument, Cancelled after cancel(), NonFinite instead of a blank picture.
         """
@@ -519,7 +526,7 @@ class Pipeline(ABC):
             raise ValueError(f"num_images_per_prompt must be in 1..1000, not {num_images_per_prompt}")
         if output_type not in ("pil", "np", "latent"):
             raise ValueError(f"output_type is 'pil', 'np' or 'latent', not {output_type!r}")
-        preview.check(preview_mode, preview_interval)
+        check_preview(preview, preview_interval)
         if cache is not None:
             cache.check(self.transformer.module.config.n_layers)
         name = rng or ("cuda" if self.compat == "sd.cpp" else "cpu")
@@ -601,9 +608,16 @@ class Pipeline(ABC):
                 live = changed.get("latents")
                 return None if live is x else live
 
-            def look(step: int, estimate: Float32, i: int = i) -> None:
-                if on_preview is not None and (step + 1) % preview_interval == 0:
-                    on_preview(i, step, self._preview(estimate, preview_mode))
+            view = View(partial(self._decoded, what="preview"), preview)
+
+            def look(step: int, x0: Float32, i: int = i, clock: list[float] = clock, view: View = view) -> None:
+                if on_preview is None or (step + 1) % preview_interval:
+                    return
+                start = time.perf_counter()
+                with self.vae.kept():
+                    on_preview(i, step, view(x0))
+                report.previewed(time.perf_counter() - start)
+                clock[0] += report.preview_seconds[-1]  # no part of a step
 
             caches += [] if cache is None else [cache.begin(len(levels) - 1)]
             tell("step", 0, len(levels) - 1)
@@ -665,15 +679,6 @@ class Pipeline(ABC):
             cond._refined[self._key] = state, self._refined(cond.features)
         return cond._refined[self._key][1]
 
-    def _preview(self, latents: Float32, mode: preview.Mode) -> Pixels:
-        """A picture of latents; of a model's layers, of the first."""
-        one = latents if latents.ndim == 3 else latents[0]
-        if mode == "vae":
-            return np.ascontiguousarray(self._decoded(one)[..., :3])
-        if self._projection is None:
-            self._projection = preview.Projection.of_decoder(self._decoded, len(one))
-        return self._projection(one)
-
     def _in_parts(
         self, stage: str, sigma: float, blocks: Blocks, inputs: Mapping[str, Any], graph: Callable[[Cut], Graph]
     ) -> Float32:
@@ -723,6 +728,21 @@ class Pipeline(ABC):
                     bad = "; the first bad operation cannot be looked for where weights come piece by piece"
                 raise NonFinite(f"{stage}: {n_bad} of {array.size} values are not finite{bad}")
         return outputs
+
+    def _decoder_phases(self, width: int, height: int, spans: Sequence[Span], preview: Mode | None) -> list[Phase]:
+        """The decoder's graph, and before it that of previews."""
+        found = []
+        for name, mode in (("preview", preview), ("decoder", "vae")) if preview else (("decoder", "vae"),):
+            h, w = (SIDE, SIDE) if mode == "proj" else (height // SIZE_MULTIPLE, width // SIZE_MULTIPLE)
+            n_pixels = SIZE_MULTIPLE**2 * h * w
+            extra = 16 * n_pixels  # bytes: three floats, and whether each is finite
+            module, backend = self.vae.module, self.vae.backend
+            if self.vae_tile:  # and the widest layers of the whole picture in memory of our own
+                narrow, wide = module.config.channels[:2]
+                extra += 4 * (wide + 2 * narrow) * n_pixels
+                h, w = min(h, self.vae_tile[0]), min(w, self.vae_tile[1])
+            found.append(Phase.of(name, module.decoder_graph(backend, h, w), spans, extra=extra))
+        return found
 
     def _check_cancelled(self) -> None:
         if self._cancelled.is_set():

@@ -1,7 +1,8 @@
 """Pictures of a run that is under way, of what each step takes the clean latents to be.
 
-`Projection` makes a colour of the channels of each latent pixel by a matrix. The matrix is found, once for a pipeline,
-by least squares from what its own decoder makes of smooth random latents, so that it needs no table of a model's.
+`Projection` makes a colour of the channels of each latent pixel by a matrix. It needs no table of a model's: the matrix
+is the one that fits best to what the decoder at hand makes of a few small random latents, which are drawn with the mean
+and the covariance of those that are looked at.
 """
 
 from __future__ import annotations
@@ -15,11 +16,13 @@ from numpy.typing import NDArray
 Float32 = NDArray[np.float32]
 Pixels = NDArray[np.uint8]
 Mode = Literal["proj", "vae"]
-# preview(i, step, picture): of picture i after that step, both from 0, uint8 [H, W, 3]
+# on_preview(i, step, picture): picture i as that step takes it to become, both from 0; uint8 [H, W, 3]
 Show = Callable[[int, int, Pixels], object]
 
-_SIDE, _COARSE, _N_PICTURES = 16, 4, 4  # latent pixels of a side, of one colour; pictures that the matrix is found with
-_SCALE = 8  # pixels along a side of a latent pixel
+MODES: tuple[Mode, ...] = ("proj", "vae")
+SIDE = 16  # latent pixels of a side of the pictures that a projection is found with
+_COLOUR, _N_PICTURES = 4, 4  # latent pixels of one colour along a side; how many pictures
+_OTHERWISE = 0.25  # share of variance in all directions: a first step knows few colours
 
 
 class Projection:
@@ -29,30 +32,53 @@ class Projection:
         self.matrix = matrix
 
     @classmethod
-    def of_decoder(cls, decode: Callable[[Float32], Pixels], n_channels: int) -> Projection:
-        """The matrix that fits best to `decode`, latents [n_channels, h, w] to uint8 [8 h, 8 w, 3 or 4]."""
-        rng = np.random.default_rng(0)
+    def of_decoder(cls, decode: Callable[[Float32], Pixels], latents: Float32) -> Projection:
+        """The matrix for latents like these, [n_channels, h, w]; `decode` makes uint8 [F h, F w, 3 or 4] of others."""
+        n = len(latents)
+        values = latents.reshape(n, -1).astype(np.float64)
+        covariance = np.cov(values) + (_OTHERWISE * values.var(axis=1).mean() + 1e-6) * np.eye(n)
+        mix, mean = np.linalg.cholesky(covariance), values.mean(axis=1)[:, None, None]
+        rng, cells = np.random.default_rng(0), SIDE // _COLOUR
         rows, colours = [], []
         for _ in range(_N_PICTURES):
-            coarse = rng.standard_normal((n_channels, _SIDE // _COARSE, _SIDE // _COARSE)).astype(np.float32)
-            latents = coarse.repeat(_COARSE, 1).repeat(_COARSE, 2)
-            picture = decode(latents)[..., :3].reshape(_SIDE, _SCALE, _SIDE, _SCALE, 3).mean((1, 3)) / 255
-            rows.append(latents.reshape(n_channels, -1).T)
-            colours.append(picture.reshape(-1, 3))
-        known = np.concatenate(rows).astype(np.float64)
-        known = np.concatenate([known, np.ones((len(known), 1))], axis=1)
+            drawn = mean + np.tensordot(mix, rng.standard_normal((n, cells, cells)), axes=1)
+            drawn = drawn.repeat(_COLOUR, axis=1).repeat(_COLOUR, axis=2).astype(np.float32)
+            picture = decode(drawn)
+            factor = picture.shape[0] // SIDE
+            small = picture[..., :3].reshape(SIDE, factor, SIDE, factor, 3).mean(axis=(1, 3)) / 255
+            rows.append(drawn.reshape(n, -1).T)
+            colours.append(small.reshape(-1, 3))
+        known = np.pad(np.concatenate(rows).astype(np.float64), ((0, 0), (0, 1)), constant_values=1)
         return cls(np.linalg.lstsq(known, np.concatenate(colours), rcond=None)[0])
 
     def __call__(self, latents: Float32) -> Pixels:
-        """[n_channels, h, w] to uint8 [8 h, 8 w, 3], each latent pixel a square of one colour."""
+        """[n_channels, h, w] to uint8 [h, w, 3]: a pixel for each latent pixel."""
         colours = np.tensordot(latents.astype(np.float64), self.matrix[:-1], axes=(0, 0)) + self.matrix[-1]
-        small = np.rint(255 * np.clip(colours, 0, 1)).astype(np.uint8)
-        return small.repeat(_SCALE, 0).repeat(_SCALE, 1)
+        picture: Pixels = np.rint(255 * np.clip(colours, 0, 1)).astype(np.uint8)
+        return picture
 
 
-def check(mode: str, interval: int) -> None:
-    """ValueError for what cannot be."""
-    if mode not in ("proj", "vae"):
-        raise ValueError(f"a preview is by 'proj' or 'vae', not {mode!r}")
+class View:
+    """Latents of the steps of one picture as pictures; of a model's layers the first, which is the whole."""
+
+    def __init__(self, decode: Callable[[Float32], Pixels], mode: Mode) -> None:
+        self.decode = decode
+        self.projection: Projection | None = None  # found when the first latents are there
+        self.mode = mode
+
+    def __call__(self, latents: Float32) -> Pixels:
+        """[n_channels, h, w], or of layers [n, n_channels, h, w], to uint8 [H, W, 3]."""
+        one = latents if latents.ndim == 3 else latents[0]
+        if self.mode != "proj":
+            return np.ascontiguousarray(self.decode(one)[..., :3])
+        if self.projection is None:
+            self.projection = Projection.of_decoder(self.decode, one)
+        return self.projection(one)
+
+
+def check_preview(mode: str, interval: int) -> None:
+    """ValueError for a preview that cannot be."""
+    if mode not in MODES:
+        raise ValueError(f"a preview is by {' or '.join(map(repr, MODES))}, not {mode!r}")
     if interval < 1:
         raise ValueError(f"previews come every n steps, n at least 1, not {interval}")

@@ -156,7 +156,7 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     where.add_argument("--list-devices", action="store_true", help="print names and descriptions, and exit")
     running = parser.add_argument_group("running")
     running.add_argument("--preview", choices=("none", "proj", "vae"), default="none",
-                         help="write what is there after each step: its colours alone, or decoded (docs/sampling.md)")
+                         help="write what each step takes the picture to be: its colours, or decoded")
     running.add_argument("--preview-path", default="./preview.png", metavar="FILE", help="./preview.png")
     running.add_argument("--preview-interval", type=int, default=1, metavar="N", help="after every N steps (1)")
     running.add_argument("--vae-tiling", action="store_true", help="decode in tiles, as is done when memory is short")

@@ -48,8 +48,8 @@ def generate(args: argparse.Namespace) -> int:
     outputs = _outputs(args.output, args.batch_count)
     report = Path(args.report) if args.report else None
     previews = [Path(args.preview_path)] if args.preview != "none" else []
-    if previews and (previews[0].suffix.lower() != ".png" or args.preview_interval < 1):
-        raise ValueError("--preview-path must end in .png, and --preview-interval be at least 1")
+    if previews and (previews[0].suffix.lower() != ".png" or previews[0] in outputs or args.preview_interval < 1):
+        raise ValueError("--preview-path must end in .png and not be --output's, and --preview-interval be at least 1")
     for path in [*outputs, *previews, *([report] if report else [])] if args.command == "generate" else []:
         _check_writable(path)
     width, height = _side("width", args.width), _side("height", args.height)
@@ -136,7 +136,8 @@ def _warn_of_keys(reports: Sequence[LoraReport], args: argparse.Namespace) -> No
 def _predict(pipe: Any, args: argparse.Namespace, prompt: str, shape: Mapping[str, Any]) -> Any:
     from .plan import predict_run
 
-    return predict_run(pipe, prompt, **shape, encode_image=args.init_img is not None)
+    preview = None if args.preview == "none" else args.preview
+    return predict_run(pipe, prompt, **shape, encode_image=args.init_img is not None, preview=preview)
 
 
 def _show_plan(

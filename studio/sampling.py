@@ -43,7 +43,7 @@ def controls(args: argparse.Namespace, family: Any) -> dict[str, Any]:
     if (guide := guidance(args, family)) is not None:
         found |= {"guidance": guide, "cfg_scale": None}  # which has it
     if args.preview != "none":
-        found |= {"on_preview": _writes(Path(args.preview_path)), "preview_mode": args.preview,
+        found |= {"on_preview": _writes(Path(args.preview_path)), "preview": args.preview,
                   "preview_interval": args.preview_interval}  # fmt: skip
     if (kept := cache(args)) is not None:
         found["cache"] = kept
@@ -51,9 +51,16 @@ def controls(args: argparse.Namespace, family: Any) -> dict[str, Any]:
 
 
 def _writes(path: Path) -> Callable[[int, int, Any], None]:
+    """Writes each preview over the one before. What can no longer be written is said: the picture still counts."""
     from models.image import write_png
 
-    return lambda i, step, picture: write_png(path, picture, "")
+    def write(i: int, step: int, picture: Any) -> None:
+        try:
+            write_png(path, picture)
+        except OSError as error:
+            print(f"warning: preview {path} cannot be written: {error.strerror}", file=sys.stderr)
+
+    return write
 
 
 def cache(args: argparse.Namespace) -> Any:

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,13 +17,15 @@ from tiny_models import write_tiny_models, write_tiny_qwen
 
 import models
 from models.guidance import APG, CFGZero, Guidance
+from models.image import read_image
 from models.pipeline import Pipeline
-from models.preview import Projection
+from models.preview import Mode, Projection
 from models.room import Room
 from models.step_cache import DBCache, EasyCache, StepCache, TaylorSeer
-from pyggml import Backend
-from studio import cli
+from pyggml import Backend, Cancelled
+from studio import cli, sampling
 from studio.generate import DEMO, DEMO_FILES
+from studio.plan import predict_run
 
 RUN: dict[str, Any] = {"width": 32, "height": 32, "num_inference_steps": 4, "output_type": "latent"}
 
@@ -345,44 +348,149 @@ def test_bad_options_of_caches(
 # -- previews ---------------------------------------------------------------------------------------------------------
 
 
-def test_previews_come_every_n_steps_and_end_like_the_picture(pipe: Pipeline) -> None:
-    seen: dict[str, list[tuple[int, int, Any]]] = {"proj": [], "vae": []}
-    run = {**RUN, "num_inference_steps": 5, "seed": 3, "height": 48}
-    exact = pipe("a red circle", **run).images[0]
-    for mode, found in seen.items():
-        result = pipe("a red circle", **run, preview_mode=mode, preview_interval=2, num_images_per_prompt=2,
-                      on_preview=lambda *shown, found=found: found.append(shown))  # fmt: skip
-        np.testing.assert_array_equal(result.images[0], exact)
-        assert [shown[:2] for shown in found] == [(0, 1), (0, 3), (1, 1), (1, 3)]
-        assert all(p.shape == (48, 32, 3) and p.dtype == np.uint8 and p.std() > 0 for _, _, p in found)
-    last: list[Any] = []
-    pipe("a red circle", **run, preview_mode="vae", on_preview=lambda i, step, picture: last.append(picture))
-    np.testing.assert_array_equal(last[-1], pipe.decode(exact)[..., :3])
-    for bad in ({"preview_mode": "tae"}, {"preview_interval": 0}):
+@pytest.mark.parametrize("mode", ["proj", "vae"])
+def test_previews_come_every_n_steps_and_change_nothing(pipe: Pipeline, mode: Mode) -> None:
+    found: list[tuple[int, int, Any]] = []
+    run = {**RUN, "num_inference_steps": 5, "seed": 3, "height": 48, "num_images_per_prompt": 2, "method": "euler_a"}
+    plain = pipe("a red circle", **run)
+    shown = pipe("a red circle", **run, preview=mode, preview_interval=2, on_preview=lambda *p: found.append(p))
+    for picture, exact in zip(shown.images, plain.images, strict=True):
+        np.testing.assert_array_equal(picture, exact)
+    assert [(i, step) for i, step, _ in found] == [(0, 1), (0, 3), (1, 1), (1, 3)]
+    shape = (6, 4, 3) if mode == "proj" else (48, 32, 3)
+    assert all(p.shape == shape and p.dtype == np.uint8 and p.std() > 0 for _, _, p in found)
+    report, before = shown.report, plain.report
+    assert len(report.preview_seconds) == 4 and min(report.preview_seconds) > 0 and not before.preview_seconds
+    assert report.seconds["preview"] == pytest.approx(sum(report.preview_seconds)) and "preview" not in before.seconds
+    assert report.seconds["denoise"] > 0 and report.stages["the preview"].runs == (8 if mode == "proj" else 4)
+
+
+def test_the_seconds_of_a_preview_are_in_no_step(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    for module in ("pipeline", "memory"):
+        monkeypatch.setattr(f"models.{module}.time", SimpleNamespace(perf_counter=lambda: now[0]))
+
+    def show(i: int, step: int, picture: Any) -> None:
+        now[0] += 100
+
+    report = pipe("a red circle", **RUN, on_preview=show).report
+    assert report.preview_seconds == [100] * 4 and report.step_seconds == [0] * 4
+    assert (report.seconds["preview"], report.seconds["denoise"]) == (400, 0)
+
+
+def test_the_last_preview_is_the_picture(pipe: Pipeline) -> None:
+    found: list[Any] = []
+    latents = pipe("a red circle", **RUN, preview="vae", on_preview=lambda i, step, p: found.append(p)).images[0]
+    np.testing.assert_array_equal(found[-1], pipe.decode(latents))
+    assert len(found) == 4 and (found[0] != found[-1]).any()
+
+
+def test_previews_of_layers_are_of_the_whole_picture(tmp_path: Path) -> None:
+    found: list[Any] = []
+    picture = Image.fromarray(np.random.default_rng(1).integers(0, 255, (32, 32, 3), np.uint8))
+    run = {**RUN, "num_inference_steps": 2, "reference_images": [picture], "layers": 2}
+    with models.load(**write_tiny_qwen(tmp_path, layered=True), n_threads=1, encoder=True) as pipe:
+        latents = pipe("", **run, preview="vae", on_preview=lambda i, step, p: found.append(p)).images[0]
+        np.testing.assert_array_equal(found[-1], pipe._decoded(latents[0])[..., :3])
+        pipe("", **run, on_preview=lambda i, step, p: found.append(p))
+    assert found[-1].shape == (4, 4, 3)
+
+
+def test_previews_that_cannot_be(pipe: Pipeline) -> None:
+    for bad in ({"preview": "none"}, {"preview_interval": 0}):
         with pytest.raises(ValueError, match="preview"):
-            pipe("a red circle", **run, **bad)
+            pipe("a red circle", **RUN, **bad)
+
+    def fail(i: int, step: int, picture: Any) -> None:
+        raise RuntimeError("no more of this")
+
+    with pytest.raises(RuntimeError, match="no more of this"):
+        pipe("a red circle", **RUN, on_preview=fail)
+
+    with pytest.raises(Cancelled):
+        pipe("a red circle", **RUN, on_preview=lambda i, step, picture: pipe.cancel())
+    pipe("a red circle", **RUN)  # as before
 
 
 def test_a_projection_finds_a_linear_decoder_again() -> None:
-    matrix = np.random.default_rng(1).standard_normal((17, 3)) / 40
-    matrix[-1] = 0.5
-    decode = Projection(matrix)
-    found = Projection.of_decoder(decode, 16)
+    rng = np.random.default_rng(1)
+    matrix = np.pad(rng.standard_normal((16, 3)) / 50, ((0, 1), (0, 0)), constant_values=0.5)
+    latents = rng.standard_normal((16, 6, 9)).astype(np.float32)
+
+    def decode(drawn: Any) -> Any:
+        return Projection(matrix)(drawn).repeat(8, 0).repeat(8, 1)
+
+    found = Projection.of_decoder(decode, latents)
     np.testing.assert_allclose(found.matrix, matrix, atol=2e-3)  # bytes are rounded
+    flat = Projection.of_decoder(decode, np.ones((16, 2, 2), np.float32))  # no variance at all
+    assert np.isfinite(flat.matrix).all()
 
 
-def test_previews_of_the_demo_resemble_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On the command line, and that a projection has the picture's colours: better than its mean colour everywhere."""
+def test_projections_of_the_demo_resemble_the_picture() -> None:
+    found: list[Any] = []
+    small = {"width": 64, "height": 64, "seed": 0, "output_type": "np"}
+    with models.load(*(str(DEMO / name) for name in DEMO_FILES), n_threads=1) as pipe:
+        prompt = "a large red circle on a blue background"
+        picture = pipe(prompt, **small, on_preview=lambda i, step, preview: found.append(preview)).images[0]
+    wanted = picture.reshape(8, 8, 8, 8, 3).mean((1, 3))
+
+    def psnr(preview: Any) -> float:
+        return float(10 * np.log10(255**2 / np.square(preview - wanted).mean()))
+
+    assert len(found) == 8
+    for preview in found[3], found[-1]:  # half of the steps show it already
+        assert psnr(preview) > 17
+        assert np.corrcoef(preview.ravel(), wanted.ravel())[0, 1] > 0.96
+        assert psnr(preview[..., ::-1]) < 10 and psnr(preview.mean((0, 1))) < 13.5  # what these bounds tell apart
+
+
+def test_previews_on_the_command_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.chdir(tmp_path)
-    options = ["a large red circle on a blue background", "-W", "64", "-H", "64", "-t", "1"]
+    options = ["a large red circle on a blue background", "-W", "64", "-H", "64", "-t", "1", "--steps", "4"]
     found = {}
-    for mode in ("proj", "vae"):
-        assert cli.main(["generate", *options, "--preview", mode, "--preview-path", f"{mode}.png"]) == 0
-        with Image.open(f"{mode}.png") as picture, Image.open("output.png") as output:
-            found[mode] = np.asarray(picture, np.float64), np.asarray(output, np.float64)
-    preview, output = found["proj"]
-    assert np.square(preview - output).mean() < np.square(output - output.mean((0, 1))).mean() / 3
-    np.testing.assert_array_equal(*found["vae"])
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["output.png", "proj.png", "vae.png"]
-    for bad in (["--preview-path", "x.jpg"], ["--preview-interval", "0"], ["--preview-path", "missing/x.png"]):
+    for mode in ("none", "proj", "vae"):
+        more = ["--preview", mode, "--preview-path", f"{mode}.png", "-o", f"of-{mode}.png", "--report", "report.json"]
+        assert cli.main(["generate", *options, *more, "--preview-interval", "2"]) == 0
+        found[mode] = Path(f"of-{mode}.png").read_bytes()
+        n_previews = len(json.loads(Path("report.json").read_text())["preview_seconds"])
+        assert n_previews == (0 if mode == "none" else 2) and Path(f"{mode}.png").exists() == (mode != "none")
+    assert found["none"] == found["proj"] == found["vae"]
+    pixels = {name: read_image(f"{name}.png", alpha=True) for name in ("vae", "of-vae")}
+    np.testing.assert_array_equal(pixels["vae"], pixels["of-vae"])
+    with Image.open("proj.png") as picture:
+        assert picture.size == (8, 8)
+    assert not list(tmp_path.glob(".*"))  # no temporary file
+    capsys.readouterr()
+    assert cli.main(["plan", *options, "--preview", "proj"]) == 0 and "\npreview " in capsys.readouterr().out
+    for bad in (["--preview-path", "x.jpg"], ["--preview-interval", "0"], ["--preview-path", "missing/x.png"],
+                ["--preview-path", "output.png"]):  # fmt: skip
+        capsys.readouterr()
         assert cli.main(["generate", *options, "--preview", "proj", *bad]) == 2
+        assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_a_preview_that_cannot_be_written_ends_no_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    def full(path: Path, picture: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("models.image.write_png", full)
+    write = sampling._writes(tmp_path / "preview.png")
+    write(0, 0, np.zeros((8, 8, 3), np.uint8))
+    assert "preview.png cannot be written: No space left on device" in capsys.readouterr().err
+
+
+def test_a_plan_counts_previews(pipe: Pipeline) -> None:
+    def phases(**more: Any) -> dict[str, Any]:
+        return {phase.name: phase for phase in pipe.phases("a red circle", width=256, height=256, **more)}
+
+    plain, by_vae, by_colours = phases(), phases(preview="vae"), phases(preview="proj")
+    assert [name for name in by_vae if name not in plain] == ["preview"] == list(set(by_colours) - set(plain))
+    assert by_vae["preview"].buffer == plain["decoder"].buffer > by_colours["preview"].buffer > 0
+    names = [phase.name for phase in predict_run(pipe, "a red circle", width=256, height=256, preview="vae").phases]
+    assert names[-3:] == ["steps", "preview", "decoder"]

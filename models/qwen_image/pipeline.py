@@ -25,8 +25,9 @@ from ..component import Component, Load, opening
 from ..devices import Module, places
 from ..guidance import Guidance, QwenImageGuidance
 from ..lora import ApplyMode
-from ..pipeline import SIZE_MULTIPLE, Compat, Float32, Path, Pipeline, Pixels, check_size
+from ..pipeline import Compat, Float32, Path, Pipeline, Pixels, check_size
 from ..prediction import Phase, all_spans
+from ..preview import Mode
 from ..rng import RNG
 from ..sampler import find_sampler
 from ..step_cache import Blocks, Cut
@@ -360,6 +361,7 @@ class QwenImagePipeline(Pipeline):
         self, prompt: str, *, negative_prompt: str = "", height: int | None = None, width: int | None = None,
         cfg_scale: float | None = None, method: str = "euler", num_images_per_prompt: int = 1,
         encode_image: bool = False, reference_images: Sequence[Path | Image.Image] = (), layers: int | None = None,
+        preview: Mode | None = None,
     ) -> list[Phase]:  # fmt: skip
         pictures = [self._read_reference(source) for source in reference_images]
         width, height = self._size(width, height, pictures)
@@ -368,7 +370,7 @@ class QwenImagePipeline(Pipeline):
         spans = all_spans([component.weights for component in self.components()])
         dit: QwenImageTransformer = self.transformer.module
         n_frames = self._latent_shape(width, height, layers)[0] if self.layered else 1
-        target, h, w = (-(-height // 16), -(-width // 16)), height // SIZE_MULTIPLE, width // SIZE_MULTIPLE
+        target = -(-height // 16), -(-width // 16)
         found, n_rows, others = [], [], []
         for sides in map(_sides, pictures):  # as `_look_at` and `_references` scale them
             if self.layered:
@@ -401,14 +403,7 @@ class QwenImagePipeline(Pipeline):
             Phase.of("steps", dit.step_graph(at, n_patches, n, n_others), spans, stays=True, extra=held)
             for n in dict.fromkeys(lengths)
         ]
-        pixels = 16 * height * width  # bytes: three floats, and whether each is finite
-        if self.vae_tile:  # and the widest layers of the whole picture in memory of our own
-            narrow, wide = self.vae.module.config.channels[:2]
-            pixels += 4 * (wide + 2 * narrow) * height * width
-            h, w = min(h, self.vae_tile[0]), min(w, self.vae_tile[1])
-        picture_phases.append(
-            Phase.of("decoder", self.vae.module.decoder_graph(self.vae.backend, h, w), spans, extra=pixels)
-        )
+        picture_phases += self._decoder_phases(width, height, spans, preview)
         again = [replace(phase, buffer=0, stays=False) if phase.stays else phase for phase in picture_phases]
         return found + picture_phases + (again if num_images_per_prompt > 1 else [])
 

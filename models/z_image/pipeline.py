@@ -24,13 +24,13 @@ from loader.params import load_params
 from pyggml import Backend, Graph
 
 from .. import autoencoder_kl, prompt_weights, schedule, sd_cpp_words
-from ..autoencoder_kl import AutoencoderKL
 from ..component import Load, opening
 from ..devices import Module, places
 from ..guidance import Guidance, ZImageGuidance
 from ..lora import ApplyMode
 from ..pipeline import SIZE_MULTIPLE, Compat, Float32, Path, Pipeline, Pixels, check_size
 from ..prediction import Phase, all_spans
+from ..preview import Mode
 from ..qwen3 import Qwen3
 from ..rng import RNG
 from ..sampler import find_sampler
@@ -205,6 +205,7 @@ class ZImagePipeline(Pipeline):
         self, prompt: str, *, negative_prompt: str = "", height: int | None = None, width: int | None = None,
         cfg_scale: float | None = None, method: str = "euler", num_images_per_prompt: int = 1,
         encode_image: bool = False, reference_images: Sequence[Path | Image.Image] = (), layers: int | None = None,
+        preview: Mode | None = None,
     ) -> list[Phase]:  # fmt: skip
         if reference_images or layers is not None:
             raise ValueError("this model edits no pictures and makes no layers")
@@ -218,22 +219,17 @@ class ZImagePipeline(Pipeline):
         h, w = height // SIZE_MULTIPLE, width // SIZE_MULTIPLE
         n_patches = -(-h // net.PATCH) * -(-w // net.PATCH)
         dit: ZImageTransformer = self.transformer.module
-        vae: AutoencoderKL = self.vae.module
         encoder_graph = partial(self.text_encoder.module.graph, self.text_encoder.backend)
         found = [Phase.of("text encoder", encoder_graph(len(x)), spans, n_rows=len(set(x))) for x in ids]
-        pixels = 16 * height * width  # bytes: three floats, and whether each is finite
         if encode_image:
-            graph = vae.encoder_graph(self.vae.backend, height, width)
+            graph = self.vae.module.encoder_graph(self.vae.backend, height, width)
+            pixels = 16 * height * width  # bytes: three floats, and whether each is finite
             found.append(Phase.of("image encoder", graph, spans, extra=pixels))
         found += [Phase.of("caption refiner", dit.context_graph(self.transformer.backend, n), spans) for n in lengths]
         picture = [
             Phase.of("steps", dit.step_graph(self.transformer.backend, n_patches, net.padded(n)), spans, stays=True)
             for n in dict.fromkeys(lengths)
         ]
-        if self.vae_tile:  # and the widest layers of the whole picture in memory of our own
-            narrow, wide = vae.config.channels[:2]
-            pixels += 4 * (wide + 2 * narrow) * height * width
-            h, w = min(h, self.vae_tile[0]), min(w, self.vae_tile[1])
-        picture.append(Phase.of("decoder", vae.decoder_graph(self.vae.backend, h, w), spans, extra=pixels))
+        picture += self._decoder_phases(width, height, spans, preview)
         again = [replace(phase, buffer=0, stays=False) if phase.stays else phase for phase in picture]
         return found + picture + (again if num_images_per_prompt > 1 else [])
