@@ -69,7 +69,7 @@ def qwen_image_graph(path: str, backend: Backend, args: argparse.Namespace) -> t
         "position": qwen_net.joint_positions(n, grid, references, layered=config.layered),
         "modulation_image": vectors, "modulation_text": vectors[:n_vectors],
     }  # fmt: skip
-    graph = module.step_graph(backend, n_patches, n, n_references)
+    graph = module.step_graph(backend, n_patches, [n], n_references)
     return graph, {name: value for name, value in inputs.items() if name in graph.inputs}, weights
 
 

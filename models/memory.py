@@ -92,6 +92,7 @@ class Report:
     lightning: str | None = None  # why a run had the steps, the guidance and the schedule of Lightning models
     # steps and evaluations of the transformer, and how many of them a step cache skipped; empty without one
     cache: dict[str, int] = field(default_factory=dict)
+    cfg_batch: str | None = None  # how both predictions of guidance were computed, and why
     residency: Any = None  # a ResidencyReport: what was done about memory
 
     @contextmanager

@@ -6,7 +6,8 @@ ne [width, height, n_channels, n].
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import reduce
 from typing import Any
 
 from loader.params import Param
@@ -250,6 +251,16 @@ def graph_use(x: Tensor, weight: Tensor) -> Tensor:
 def _channels(x: Tensor, param: Param) -> Tensor:
     """A vector ne [n] as ne [1, 1, n], to be broadcast over pixels."""
     return ops.reshape(graph_use(x, param.tensor), 1, 1, -1)
+
+
+def side_by_side(parts: Sequence[Tensor]) -> Tensor:
+    """Tokens of several streams one after the other; ne [n_features, n_tokens] each."""
+    return reduce(lambda a, b: ops.concat(a, b, dim=1), parts)
+
+
+def tokens(x: Tensor, start: int, n: int, dim: int = 1) -> Tensor:
+    """`n` tokens from `start`, as a view; the last dimension, `dim`, counts them."""
+    return x if n == x.ne[dim] else ops.narrow(x, dim, start, n)
 
 
 def split_heads(x: Tensor, i_part: int, n_heads: int, head_dim: int) -> Tensor:

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from loader.errors import LoadError
 from loader.lora import LoraReport
-from pyggml import Backend, Cancelled, Graph, NonFinite, SplitBackend
+from pyggml import Backend, Cancelled, Graph, NonFinite, OutOfMemory, SplitBackend
 
 from . import image, schedule, tiles
 from .component import Component
@@ -122,6 +122,9 @@ class Pipeline(ABC):
         self.compat: Compat = compat
         self._opened = opened  # backends to close with it: what was given stays its giver's
         self.default_size = default_size
+        # Both predictions of guidance in one graph; "auto": where weights are read in each step (docs/performance.md).
+        self.cfg_batch: bool | Literal["auto"] = "auto"
+        self.guided_how: str | None = None  # what was done in the last run, and why
         self.find_bad_op = False  # compute again, operation by operation, when a result is not finite
         # Computes a graph that is set, in place of the pipeline: look(stage, graph), for who looks at each operation.
         self.look: Callable[[str, Graph], object] | None = None
@@ -179,12 +182,24 @@ class Pipeline(ABC):
         """What the transformer makes of them once, before the steps: [n_tokens, dim]."""
 
     @abstractmethod
-    def _velocity(
-        self, x: Float32, sigma: float, context: Float32, references: Sequence[Float32], blocks: Blocks | None = None
-    ) -> Float32:
-        """noise - x0 as the network sees it, of x's shape; `references` are latents [C, h, w]. `blocks`: computed in
-        three parts, of which it says whether the one in the middle is needed.
+    def _velocities(
+        self, x: Float32, sigma: float, contexts: Sequence[Float32], references: Sequence[Float32] = (),
+        blocks: Blocks | None = None,
+    ) -> list[Float32]:  # fmt: skip
+        """noise - x0 as the network sees it with each context, of x's shape, computed at once where that is possible;
+        `references` are latents [C, h, w]. `blocks`, with one context: computed in three parts, of which it says
+        whether the one in the middle is needed.
         """
+
+    def _velocity(
+        self, x: Float32, sigma: float, context: Float32, references: Sequence[Float32] = (),
+        blocks: Blocks | None = None,
+    ) -> Float32:  # fmt: skip
+        return self._velocities(x, sigma, [context], references, blocks)[0]
+
+    def _graph_for(self, x: Float32, contexts: Sequence[Float32], references: Sequence[Float32]) -> Graph | None:
+        """The graph of a step with these contexts; None where there is one for a single context only."""
+        return None
 
     @abstractmethod
     def _sigmas(
@@ -389,11 +404,17 @@ class Pipeline(ABC):
             with self.transformer.in_use():  # a callback may have changed weights
                 return compute() if cache is None else cache.evaluate(branch, x, sigma, compute)
 
+        at_once = False
+
         def estimate(x: Float32, sigma: float) -> Any:
             self._check_cancelled()
-            v = second = velocity(0, x, sigma)
-            if both or (guide is not None and guide.wanted(sigma)):
-                second = velocity(1, x, sigma)
+            if not both and (guide is None or not guide.wanted(sigma)):
+                v = second = velocity(0, x, sigma)
+            else:
+                if at_once:
+                    v, second = self._velocities(x, sigma, contexts, references)
+                else:
+                    v, second = velocity(0, x, sigma), velocity(1, x, sigma)
                 v = guide(v, second, sigma) if guide is not None else v
             found = [x - np.float32(sigma) * y for y in ((v, second) if both else (v,))]
             if inpainting:
@@ -417,6 +438,7 @@ class Pipeline(ABC):
 
         with self.transformer.in_use():
             contexts += [self._context(c) for c in conds]
+            at_once = len(contexts) == 2 and self._at_once(latents, contexts, references, cached=cache is not None)
             self._foresee(evaluated(method, sigmas, eta))
             return np.asarray(sample(method, estimate, latents, sigmas, rng=rng, eta=eta, callback=after), np.float32)
 
@@ -628,6 +650,7 @@ class Pipeline(ABC):
                     on_estimate=look if on_preview else None,
                 )  # fmt: skip
 
+            report.cfg_batch = self.guided_how if guided else None
             report.cache = total_counts(caches)
             if cache is not None:
                 log.info("%s", "step cache: {steps_skipped} of {steps} steps skipped, {evaluations_skipped} of "
@@ -661,6 +684,30 @@ class Pipeline(ABC):
 
     def _prompt_key(self, prompt: str, pictures: Sequence[Pixels]) -> tuple[object, ...]:
         return self.compat, prompt, self.loras.state("text_encoder"), tuple(map(image.fingerprint, pictures))
+
+    def _at_once(
+        self, x: Float32, contexts: Sequence[Float32], references: Sequence[Float32], *, cached: bool
+    ) -> bool:
+        """Whether both predictions of guidance are computed in one graph, as `cfg_batch` says; `guided_how` is why."""
+        alone = None if cached else self._graph_for(x, contexts[:1], references)
+        why = None
+        if self.cfg_batch is False:
+            why = "as asked"
+        elif alone is None:
+            why = "a step cache decides for each" if cached else "this model has no graph for both"
+        elif self.cfg_batch == "auto" and not self.residency.reads_again(alone):
+            why = "the weights stay in memory"
+        else:
+            try:
+                both = self._graph_for(x, contexts, references)
+                assert both is not None
+                both.alloc()
+            except OutOfMemory as error:
+                why = f"no memory for both at once ({error})"
+                log.warning("guidance: %s", why)
+        asked = "as asked" if self.cfg_batch is True else "the weights are read in each step"
+        self.guided_how = f"both in one graph: {asked}" if why is None else f"one after the other: {why}"
+        return why is None
 
     def _conditioning(self, values: Conditioning | Float32) -> Conditioning:
         if isinstance(values, Conditioning):

@@ -322,6 +322,11 @@ class Residency:
             n_bytes -= sum(graph.measure())
         return max(0, n_bytes - margin(n_bytes))
 
+    def reads_again(self, graph: Graph) -> bool:
+        """Whether weights of a graph would be read from the disk in each pass, as they do not fit into memory."""
+        ranges = {r for _, group in uses_of(graph, self._spans) for r in group}
+        return total(ranges) > self.room(graph)
+
     def _enter(self, graph: Graph, stage: str) -> None:
         graph.alloc()
         self._current = weakref.ref(graph)

@@ -159,6 +159,8 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
                          help="write what each step takes the picture to be: its colours, or decoded")
     running.add_argument("--preview-path", default="./preview.png", metavar="FILE", help="./preview.png")
     running.add_argument("--preview-interval", type=int, default=1, metavar="N", help="after every N steps (1)")
+    running.add_argument("--cfg-batch", choices=("auto", "on", "off"), default="auto",
+                         help="both predictions of guidance in one graph: where weights are read in each step")
     running.add_argument("--vae-tiling", action="store_true", help="decode in tiles, as is done when memory is short")
     running.add_argument("--vae-tile-size", metavar="XxY", help="of a tile, in latent pixels, 8 to a side (32x32)")
     running.add_argument("--vae-tile-overlap", type=float, metavar="X", help="sd-cli's; our tiles need none")

@@ -101,6 +101,7 @@ def generate(args: argparse.Namespace) -> int:
         with pipe:
             pipe.find_bad_op = args.find_bad_op
             pipe.smaller_vae_tile = tile
+            pipe.cfg_batch = {"on": True, "off": False}.get(args.cfg_batch, "auto")
             pipe.vae_tile = tile if args.vae_tiling else None
             if wanted_loras:
                 reports = pipe.set_loras(wanted_loras, progress=bars)

@@ -360,13 +360,14 @@ def test_transformer(backend: Backend, tmp_path: Path, case: str) -> None:
         )  # fmt: skip
         if case == "zero":
             inputs["modulation_zero"] = zero.image[:-2]
-        with module.step_graph(backend, n, len(text), len(patches) - n) as graph:
+        with module.step_graph(backend, n, [len(text)], len(patches) - n) as graph:
             out = graph.compute(**inputs)["out"]
             again = graph.compute(patches=patches)["out"]  # inputs are kept from one computation to the next
-        with module.step_graph(backend, n, len(text), len(patches) - n, unit=1 / 7) as graph:
-            sevenths = graph.compute(**{**inputs, "position": 7 * inputs["position"]})["out"]
+        with module.step_graph(backend, n, [len(text)], len(patches) - n, compat="sd.cpp") as graph:
+            steps = net.position_steps(len(text), "sd.cpp")
+            fractions = graph.compute(**{**inputs, "position": steps * inputs["position"]})["out"]
     assert np.array_equal(out, again)
-    close_to(sevenths, out, 1e-5)
+    close_to(fractions, out, 1e-5)
     close_to(np.stack([net.unpatchify(p, h, w) for p in np.split(out, len(targets))]), arrays[f"{case}/out"])
 
 

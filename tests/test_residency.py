@@ -303,6 +303,17 @@ def test_a_limit_counts_what_the_process_has_itself(weights: Weights) -> None:
 
 
 @linux
+def test_what_is_read_in_each_pass_is_known_before(backend: Backend, weights: Weights) -> None:
+    for room, again in ((10 * MB, True), (1 << 30, False)):
+        keeper = Residency({"chain": weights}, room=lambda room=room: Room(room, "a test"))  # type: ignore[misc]
+        with chain_graph(backend, weights) as graph:
+            assert keeper.reads_again(graph) is again
+            graph.set(ids=IDS)
+            keeper.run(graph)
+            assert bool(keeper.report.streams) is again
+
+
+@linux
 def test_no_room_at_all_still_computes(backend: Backend, weights: Weights) -> None:
     keeper = Residency({"chain": weights}, room=lambda: Room(0, "a test"))
     with chain_graph(backend, weights) as graph:

@@ -275,48 +275,57 @@ class QwenImagePipeline(Pipeline):
             self._modulations = {(state, level): m for level, m in zip(levels, made, strict=True)}
         return self._modulations[state, sigma]
 
-    def _velocity(
-        self, x: Float32, sigma: float, context: Float32, references: Sequence[Float32] = (),
+    def _velocities(
+        self, x: Float32, sigma: float, contexts: Sequence[Float32], references: Sequence[Float32] = (),
         blocks: Blocks | None = None,
-    ) -> Float32:  # fmt: skip
+    ) -> list[Float32]:  # fmt: skip
         module: QwenImageTransformer = self.transformer.module
         frames = [_even(frame) for frame in (x if x.ndim == 4 else x[None])]
         others = [_even(latents) for latents in references]
         grids = [(a.shape[1] // net.PATCH, a.shape[2] // net.PATCH) for a in (frames[0], *others)]
         n_patches, n_others = len(frames) * math.prod(grids[0]), sum(math.prod(grid) for grid in grids[1:])
+        n_text = tuple(map(len, contexts))
         modulation = self._modulation(sigma)
+        positions = [
+            net.joint_positions(
+                n, grids[0], grids[1:], n_targets=len(frames), layered=self.layered, compat=self.compat
+            ) for n in n_text
+        ]  # fmt: skip
         inputs = {
             "patches": np.concatenate([net.patchify(a) for a in (*frames, *others)]),
-            "context": context,
-            "position": net.joint_positions(
-                len(context), grids[0], grids[1:], n_targets=len(frames), layered=self.layered, compat=self.compat
-            ),
+            "context": np.concatenate(contexts),
+            "position": np.concatenate(positions, axis=1),
             "modulation_image": modulation.image,
             "modulation_text": modulation.text,
         }
         if module.config.zero_cond_t and n_others:
             inputs["modulation_zero"] = self._modulation(0.0).image[: net.N_MOD * module.config.n_layers]
-        stage, sizes = f"the transformer at sigma {sigma:.4f}", (n_patches, len(context), n_others)
+        stage = f"the transformer at sigma {sigma:.4f}"
         if blocks is None:
-            out = self._compute(stage, self._step_graph(*sizes), **inputs)["out"]
+            out = self._compute(stage, self._step_graph(n_patches, n_text, n_others), **inputs)["out"]
         else:
-            out = self._in_parts(stage, sigma, blocks, inputs, partial(self._part_graph, *sizes))
-        parts = np.split(out.reshape(n_patches, -1), len(frames))
+            part_graph = partial(self._part_graph, n_patches, n_text[0], n_others)
+            out = self._in_parts(stage, sigma, blocks, inputs, part_graph)
         h, w = x.shape[-2:]
-        found = np.stack([net.unpatchify(part, *frames[0].shape[1:])[:, :h, :w] for part in parts])
-        return found if x.ndim == 4 else np.ascontiguousarray(found[0])
+        found = [net.unpatchify(part, *frames[0].shape[1:])[:, :h, :w]
+                 for part in np.split(out.reshape(-1, out.shape[-1]), len(contexts) * len(frames))]  # fmt: skip
+        stacked = np.stack(found).reshape(len(contexts), *x.shape)
+        return list(stacked)
 
-    def _step_graph(self, n_patches: int, n_text: int, n_references: int) -> Graph:
+    def _graph_for(self, x: Float32, contexts: Sequence[Float32], references: Sequence[Float32]) -> Graph | None:
+        n_patches = math.prod(x.shape[:-3]) * _n_patches(x)
+        return self._step_graph(n_patches, tuple(map(len, contexts)), sum(map(_n_patches, references)))
+
+    def _step_graph(self, n_patches: int, n_text: Sequence[int], n_references: int) -> Graph:
         transformer = self.transformer  # keeps two graphs: prompt and negative prompt
-        unit = 1 / net.position_steps(n_text, self.compat)
-        build = partial(transformer.module.step_graph, transformer.backend, n_patches, n_text, n_references, unit=unit)
-        return transformer.graph((n_patches, n_text, n_references), build)
+        sizes = n_patches, n_text, n_references
+        build = partial(transformer.module.step_graph, transformer.backend, *sizes, compat=self.compat)
+        return transformer.graph(sizes, build)
 
     def _part_graph(self, n_patches: int, n_text: int, n_references: int, cut: Cut) -> Graph:
         transformer = self.transformer  # three parts, for prompt and negative prompt
-        unit = 1 / net.position_steps(n_text, self.compat)
         sizes = n_patches, n_text, n_references
-        build = partial(transformer.module.part_graph, transformer.backend, *sizes, cut, unit=unit)
+        build = partial(transformer.module.part_graph, transformer.backend, *sizes, cut, compat=self.compat)
         return transformer.graph((*sizes, cut), build, n_kept=6)
 
     def _sigmas(
@@ -401,7 +410,7 @@ class QwenImagePipeline(Pipeline):
         n_others = sum(wide // 16 * (high // 16) for wide, high in others)
         picture_phases = [
             Phase.of("steps", dit.step_graph(at, n_patches, n, n_others), spans, stays=True, extra=held)
-            for n in dict.fromkeys(lengths)
+            for n in ([lengths] if self.cfg_batch is True else [[n] for n in dict.fromkeys(lengths)])
         ]
         picture_phases += self._decoder_phases(width, height, spans, preview)
         again = [replace(phase, buffer=0, stays=False) if phase.stays else phase for phase in picture_phases]
@@ -411,6 +420,12 @@ class QwenImagePipeline(Pipeline):
 def _sides(picture: Pixels) -> tuple[int, int]:
     """Width and height."""
     return picture.shape[1], picture.shape[0]
+
+
+def _n_patches(latents: Float32) -> int:
+    """Of one picture, its sides rounded up to whole patches."""
+    h, w = latents.shape[-2:]
+    return int(-(-h // net.PATCH) * -(-w // net.PATCH))
 
 
 def _even(latents: Float32) -> Float32:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import reduce
 from typing import Literal
 
 import numpy as np
@@ -28,9 +27,11 @@ from pyggml import Backend, Graph, Tensor, Type, ops
 
 from ..compute import Compute
 from ..lora import Naming, extra_nodes
-from ..nn import Linear, Module, RMSNorm, attention, graph_use, linear_gelu
+from ..nn import Linear, Module, RMSNorm, attention, graph_use, linear_gelu, side_by_side, tokens
 from ..rope import apply_rope_axes
 from ..step_cache import Cut
+
+Compat = Literal["diffusers", "sd.cpp"]
 
 PATCH = 2  # latent pixels along a side of a patch
 T_EMBED = 256  # width of the time sinusoid
@@ -110,7 +111,7 @@ class Run:
 
     def tokens(self, x: Tensor) -> Tensor:
         """These tokens of a stream, ne [dim, n]."""
-        return x if self.n == x.ne[1] else ops.view(x, (x.ne[0], self.n), offset=self.start * x.nb[1])
+        return tokens(x, self.start, self.n)
 
     def vector(self, i: int) -> Tensor:
         return ops.view(self.vectors, (self.vectors.ne[0],), offset=i * self.vectors.nb[1])
@@ -136,7 +137,7 @@ def gated(x: Tensor, y: Tensor, runs: Sequence[Run], i: int) -> Tensor:
 
 
 def _joined(runs: Sequence[Run], part: Callable[[Run], Tensor]) -> Tensor:
-    return reduce(lambda a, b: ops.concat(a, b, dim=1), (part(run) for run in runs))
+    return side_by_side([part(run) for run in runs])
 
 
 class JointAttention(Module):
@@ -158,21 +159,26 @@ class JointAttention(Module):
         self.to_add_out = Linear(c.dim, c.dim, headroom=OUT_HEADROOM)
         self.config = c
 
-    def __call__(self, x: Tensor, text: Tensor, positions: Positions) -> tuple[Tensor, Tensor]:
-        c, n_text, n_image = self.config, text.ne[1], x.ne[1]
-
-        def both(text_part: Tensor, image_part: Tensor) -> Tensor:
-            return ops.concat(text_part, image_part, dim=2)  # ne [head_dim, n_heads, n_text + n_image]
-
+    def __call__(self, x: Tensor, text: Tensor, prompts: Sequence[Positions]) -> tuple[Tensor, Tensor]:
+        """prompts: for each of them, the positions of its tokens in `text`, then of its share of `x`."""
+        c, n_image, start = self.config, x.ne[1] // len(prompts), 0
         q_text, k_text, v_text = (self._heads(to(text)) for to in (self.add_q_proj, self.add_k_proj, self.add_v_proj))
         q_image, k_image, v_image = (self._heads(to(x)) for to in (self.to_q, self.to_k, self.to_v))
-        q = both(self.norm_added_q(q_text), self.norm_q(q_image))
-        k = both(self.norm_added_k(k_text), self.norm_k(k_image))
-        q, k = (apply_rope_axes(x, positions.axes, c.axes_dims, ROPE_THETA, positions.unit) for x in (q, k))
-        y = attention(q, k, both(v_text, v_image), headroom=DOWN_HEADROOM)  # ne [dim, n_text + n_image]
-        y_text = ops.view(y, (c.dim, n_text))
-        y_image = ops.view(y, (c.dim, n_image), offset=n_text * y.nb[1])
-        return self.to_out[0](y_image), self.to_add_out(y_text)
+        q_text, k_text = self.norm_added_q(q_text), self.norm_added_k(k_text)
+        q_image, k_image = self.norm_q(q_image), self.norm_k(k_image)
+        of_text, of_image = [], []
+        for i, positions in enumerate(prompts):
+            n_text = positions.axes[0].ne[0] - n_image
+            q, k, v = (  # ne [head_dim, n_heads, n_text + n_image]
+                ops.concat(tokens(a, start, n_text, 2), tokens(b, i * n_image, n_image, 2), dim=2)
+                for a, b in ((q_text, q_image), (k_text, k_image), (v_text, v_image))
+            )
+            q, k = (apply_rope_axes(x, positions.axes, c.axes_dims, ROPE_THETA, positions.unit) for x in (q, k))
+            y = attention(q, k, v, headroom=DOWN_HEADROOM)  # ne [dim, n_text + n_image]
+            of_text.append(tokens(y, 0, n_text))
+            of_image.append(tokens(y, n_text, n_image))
+            start += n_text
+        return self.to_out[0](side_by_side(of_image)), self.to_add_out(side_by_side(of_text))
 
     def _heads(self, x: Tensor) -> Tensor:
         return ops.reshape(x, self.config.head_dim, self.config.n_heads, -1)  # ne [head_dim, n_heads, n_tokens]
@@ -219,10 +225,11 @@ class Block(Module):
         self.txt_mlp = FeedForward(c)
 
     def __call__(
-        self, x: Tensor, text: Tensor, runs: Sequence[Run], text_run: Sequence[Run], i: int, positions: Positions
-    ) -> tuple[Tensor, Tensor]:
+        self, x: Tensor, text: Tensor, runs: Sequence[Run], text_run: Sequence[Run], i: int,
+        prompts: Sequence[Positions],
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """Vectors i ... i + 5 of the runs are this block's."""
-        h, h_text = self.attn(modulated(x, runs, i), modulated(text, text_run, i), positions)
+        h, h_text = self.attn(modulated(x, runs, i), modulated(text, text_run, i), prompts)
         x, text = gated(x, h, runs, i + 2), gated(text, h_text, text_run, i + 2)
         x = gated(x, self.img_mlp(modulated(x, runs, i + 3)), runs, i + 5)
         text = gated(text, self.txt_mlp(modulated(text, text_run, i + 3)), text_run, i + 5)
@@ -300,26 +307,31 @@ class QwenImageTransformer(Module):
         return image, text, self.norm_out.linear(t)
 
     def __call__(
-        self, x: Tensor, text: Tensor, runs: Sequence[Run], text_run: Run, positions: Positions, n_target: int
-    ) -> Tensor:
-        """Patches ne [patch_dim, n], the target's first; text of `context`; the runs of both streams; positions of the
-        text tokens, then of the image tokens. Returns the velocity of the target's patches, ne [patch_dim, n_target].
+        self, x: Tensor, text: Tensor, runs: Sequence[Run], text_run: Run, prompts: Sequence[Positions],
+        n_target: int,
+    ) -> Tensor:  # fmt: skip
+        """Patches ne [patch_dim, n], the target's first; text of `context`, that of several prompts side by side; the
+        runs of both streams; for each prompt the positions of its text tokens, then of the image tokens. Returns the
+        velocity of the target's patches, ne [patch_dim, n_prompts * n_target].
         """
-        x, _ = self._blocks(self.img_in(x), text, runs, text_run, positions, 0, len(self.transformer_blocks))
-        return self._out(x, runs, n_target)
+        x = side_by_side([self.img_in(x)] * len(prompts))  # ne [dim, n_prompts * n_image]
+        x, _ = self._blocks(x, text, runs, text_run, prompts, 0, len(self.transformer_blocks))
+        return self._out(x, runs, n_target, len(prompts))
 
     def _blocks(
-        self, x: Tensor, text: Tensor, runs: Sequence[Run], text_run: Run, positions: Positions, begin: int, end: int
-    ) -> tuple[Tensor, Tensor]:
-        """Both streams, ne [dim, n_image] and [dim, n_text], through blocks begin ... end - 1."""
+        self, x: Tensor, text: Tensor, runs: Sequence[Run], text_run: Run, prompts: Sequence[Positions],
+        begin: int, end: int,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """Both streams through blocks begin ... end - 1."""
         for i in range(begin, end):
-            x, text = self.transformer_blocks[i](x, text, runs, [text_run], N_MOD * i, positions)
+            x, text = self.transformer_blocks[i](x, text, runs, [text_run], N_MOD * i, prompts)
         return x, text
 
-    def _out(self, x: Tensor, runs: Sequence[Run], n_target: int) -> Tensor:
-        target = Run(0, n_target, runs[0].vectors)
-        x = modulated(target.tokens(x), [target], N_MOD * len(self.transformer_blocks))  # ne [dim, n_target]
-        return self.proj_out(x)
+    def _out(self, x: Tensor, runs: Sequence[Run], n_target: int, n_prompts: int = 1) -> Tensor:
+        n = x.ne[1] // n_prompts
+        x = side_by_side([tokens(x, i * n, n_target) for i in range(n_prompts)])
+        target = Run(0, n_prompts * n_target, runs[0].vectors)
+        return self.proj_out(modulated(x, [target], N_MOD * len(self.transformer_blocks)))
 
     # -- graphs -------------------------------------------------------------------------------------------------------
 
@@ -341,30 +353,32 @@ class QwenImageTransformer(Module):
         return graph
 
     def step_graph(
-        self, backend: Backend, n_patches: int, n_text: int, n_references: int = 0, *, unit: float = 1.0
-    ) -> Graph:
-        """For `n_patches` of the target, then `n_references` of all references. unit: of the positions.
+        self, backend: Backend, n_patches: int, n_text: Sequence[int], n_references: int = 0, *,
+        compat: Compat = "diffusers",
+    ) -> Graph:  # fmt: skip
+        """For `n_patches` of the target, then `n_references` of all references; `n_text` of each prompt.
 
-        Inputs patches [n_patches + n_references, patch_dim], context [n_text, dim], position [3, n_text + all patches],
-        modulation_image and modulation_text as `Modulation` has them; with references and `zero_cond_t` also
-        modulation_zero. Output out, numpy [n_patches, patch_dim].
+        Inputs patches [n_patches + n_references, patch_dim], context [sum of n_text, dim], position, [3, n_text + all
+        patches] for each prompt side by side, modulation_image and modulation_text as `Modulation` has them; with
+        references and `zero_cond_t` also modulation_zero. Output out, numpy [n_prompts * n_patches, patch_dim].
         """
         c = self.config
-        graph, runs, text_run, positions = self._step_inputs(backend, n_patches, n_text, n_references, c.n_layers, unit)
+        graph, runs, text_run, prompts = self._step_inputs(backend, n_patches, n_text, n_references, c.n_layers, compat)
         patches = graph.input((c.patch_dim, n_patches + n_references), name="patches")
-        context = graph.input((c.dim, n_text), name="context")
+        context = graph.input((c.dim, sum(n_text)), name="context")
         assert text_run
-        graph.output(self(patches, context, runs, text_run, positions, n_patches), name="out")
+        graph.output(self(patches, context, runs, text_run, prompts, n_patches), name="out")
         return graph
 
     def part_graph(
-        self, backend: Backend, n_patches: int, n_text: int, n_references: int, cut: Cut, *, unit: float = 1.0
-    ) -> Graph:
+        self, backend: Backend, n_patches: int, n_text: int, n_references: int, cut: Cut, *,
+        compat: Compat = "diffusers",
+    ) -> Graph:  # fmt: skip
         """A part of `step_graph`, with the inputs that it needs; parts hand on x, numpy [all patches, dim], and, where
         blocks follow, text, [n_text, dim].
         """
         c, n, n_blocks = self.config, n_patches + n_references, cut.end - cut.begin
-        graph, runs, text_run, positions = self._step_inputs(backend, n_patches, n_text, n_references, n_blocks, unit)
+        graph, runs, text_run, prompts = self._step_inputs(backend, n_patches, [n_text], n_references, n_blocks, compat)
         if cut.first:
             x = self.img_in(graph.input((c.patch_dim, n), name="patches"))
         else:
@@ -372,7 +386,7 @@ class QwenImageTransformer(Module):
         before = x
         if text_run:
             text = graph.input((c.dim, n_text), name="context" if cut.first else "text")
-            x, text = self._blocks(x, text, runs, text_run, positions, cut.begin, cut.end)
+            x, text = self._blocks(x, text, runs, text_run, prompts, cut.begin, cut.end)
             if cut.end < c.n_layers:
                 graph.output(text, name="text")
         if cut.last:
@@ -384,26 +398,34 @@ class QwenImageTransformer(Module):
         return graph
 
     def _step_inputs(
-        self, backend: Backend, n_patches: int, n_text: int, n_references: int, n_blocks: int, unit: float
-    ) -> tuple[Graph, list[Run], Run | None, Positions]:
-        """A graph with the inputs that say where and when tokens are: runs of image and text, positions. Those that no
-        block would read are not there.
+        self, backend: Backend, n_patches: int, n_text: Sequence[int], n_references: int, n_blocks: int,
+        compat: Compat,
+    ) -> tuple[Graph, list[Run], Run | None, list[Positions]]:  # fmt: skip
+        """A graph with the inputs that say where and when tokens are: runs of image and text, each prompt's positions.
+        Those that no block would read are not there.
         """
-        c, n = self.config, n_patches + n_references
+        c, n, n_prompts = self.config, n_patches + n_references, len(n_text)
         apart = c.zero_cond_t and n_references > 0
-        graph = Graph(backend, n_nodes=128 + (100 if apart else 80) * n_blocks + extra_nodes(self))
+        nodes = 50 + 30 * n_prompts + (20 * n_prompts if apart else 0)
+        graph = Graph(backend, n_nodes=128 + nodes * n_blocks + extra_nodes(self))
         n_vectors = N_MOD * c.n_layers
         image = graph.input((c.dim, n_vectors + 2), name="modulation_image")
         if not n_blocks:
-            return graph, [Run(0, n, image)], None, Positions([], unit)
-        position = graph.input((n_text + n, 3), Type.I32, name="position")
-        axes = [ops.view(position, (n_text + n,), offset=axis * position.nb[1]) for axis in range(3)]
+            return graph, [Run(0, n, image)], None, []
+        position = graph.input((sum(n_text) + n_prompts * n, 3), Type.I32, name="position")
+        prompts, start = [], 0
+        for n_one in n_text:
+            offsets = (start * position.nb[0] + axis * position.nb[1] for axis in range(3))
+            axes = [ops.view(position, (n_one + n,), offset=offset) for offset in offsets]
+            prompts.append(Positions(axes, 1 / position_steps(n_one, compat)))
+            start += n_one + n
         text = graph.input((c.dim, n_vectors), name="modulation_text")
-        runs = [Run(0, n_patches if apart else n, image)]
+        runs = [Run(0, n_prompts * n, image)]
         if apart:
             zero = graph.input((c.dim, n_vectors), name="modulation_zero")
-            runs.append(Run(n_patches, n_references, zero))
-        return graph, runs, Run(0, n_text, text), Positions(axes, unit)
+            runs = [run for first in range(0, n_prompts * n, n)
+                    for run in (Run(first, n_patches, image), Run(first + n_patches, n_references, zero))]  # fmt: skip
+        return graph, runs, Run(0, sum(n_text), text), prompts
 
     def modulate(
         self, backend: Backend, sigmas: Sequence[float] | NDArray[np.float32], compute: Compute = Graph.compute
@@ -432,7 +454,7 @@ Grid = tuple[int, int]  # rows and columns of patches
 
 def joint_positions(
     n_text: int, target: Grid, references: Sequence[Grid] = (), *, n_targets: int = 1, layered: bool = False,
-    compat: Literal["diffusers", "sd.cpp"] = "diffusers",
+    compat: Compat = "diffusers",
 ) -> NDArray[np.int32]:  # fmt: skip
     """[3, n_tokens] of the text tokens, then of `n_targets` pictures of the same grid, then of the references.
 
@@ -457,7 +479,7 @@ def joint_positions(
     return np.concatenate(parts, axis=1).astype(np.int32)
 
 
-def position_steps(n_text: int, compat: Literal["diffusers", "sd.cpp"] = "diffusers") -> int:
+def position_steps(n_text: int, compat: Compat = "diffusers") -> int:
     """How many of `joint_positions` make 1: stable-diffusion.cpp's text tokens have fractional ones."""
     return max(n_text - 1, 1) if compat == "sd.cpp" else 1
 

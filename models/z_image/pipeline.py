@@ -126,10 +126,13 @@ class ZImagePipeline(Pipeline):
 
     # -- steps --------------------------------------------------------------------------------------------------------
 
-    def _velocity(
-        self, x: Float32, sigma: float, context: Float32, references: Sequence[Float32] = (),
+    def _velocities(
+        self, x: Float32, sigma: float, contexts: Sequence[Float32], references: Sequence[Float32] = (),
         blocks: Blocks | None = None,
-    ) -> Float32:  # fmt: skip
+    ) -> list[Float32]:  # fmt: skip
+        return [self._with_one(x, sigma, context, blocks) for context in contexts]
+
+    def _with_one(self, x: Float32, sigma: float, context: Float32, blocks: Blocks | None) -> Float32:
         _, h, w = x.shape
         padded_x = np.pad(x, ((0, 0), (0, h % 2), (0, w % 2)))  # sizes that are no multiple of 16
         rows, columns = padded_x.shape[1] // net.PATCH, padded_x.shape[2] // net.PATCH
