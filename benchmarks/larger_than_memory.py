@@ -9,6 +9,9 @@ of the diffusion model's file as its limit: --limit, 0.5 unless said. Pages that
 there, and not given back, so it draws from copies of the files (in the folder --copy; beside the diffusion model unless
 said). It begins with an empty page cache, the other with a warm one. Prints a table and one JSON line.
 
+--apart: one process after the other, and no copies: for models that leave no room for both, as Qwen-Image's q8_0 in
+24 GB. Each begins with an empty page cache; the one without a limit takes what memory there is.
+
 Rows: seconds of a step (median, without the first), and of what each limited step took of the one before it; bytes read
 and major faults of the computing threads in a step, the disk's rate while nothing computes, the time in a step that was
 spent waiting for the reader, the peak of what the cgroup was charged with, and whether the picture is the same, byte by
@@ -80,7 +83,7 @@ def child(settings: dict[str, Any]) -> None:
 
         size = settings["size"]
         result = pipe(PROMPT, width=size, height=size, num_inference_steps=settings["steps"], output_type="np",
-                      progress=progress)  # fmt: skip
+                      cfg_scale=settings["cfg_scale"], progress=progress)  # fmt: skip
     report = result.report.to_dict()
     print(json.dumps({
         "picture": hashlib.sha256(result.images[0].tobytes()).hexdigest(), "steps": rows,
@@ -156,6 +159,20 @@ def both(settings: dict[str, Any], copies: dict[str, str], limit: int) -> tuple[
         return json.loads(free.line), {**json.loads(limited.line), "charged": group.peak()}
 
 
+def apart(settings: dict[str, Any], limit: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The same of two runs one after the other."""
+    drop_caches()
+    with Cgroup(limit) as group, Run(settings, group) as limited:
+        for _ in range(settings["steps"]):
+            limited.step()
+        found = {**json.loads(limited.line), "charged": group.peak()}
+    drop_caches()
+    with Run(settings) as free:
+        for _ in range(settings["steps"]):
+            free.step()
+        return json.loads(free.line), found
+
+
 def drop_caches() -> None:
     os.sync()
     Path("/proc/sys/vm/drop_caches").write_text("3")
@@ -192,6 +209,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--limit", type=float, default=0.5, help="of the diffusion model's size")
+    parser.add_argument("--cfg-scale", type=float, help="guidance; 1 for one evaluation in a step")
+    parser.add_argument("--apart", action="store_true", help="one process after the other, without copies")
     parser.add_argument("--copy", metavar="FOLDER", help="where copies of the files are kept meanwhile")
     args = parser.parse_args()
     results: dict[str, Any] = {"size": args.size, "steps": args.steps, "threads": args.threads}
@@ -199,18 +218,19 @@ def main() -> None:
     for pair in args.models:
         name, _, path = pair.partition("=")
         settings = {"dit": os.path.abspath(path), "llm": os.path.abspath(args.llm), "vae": os.path.abspath(args.vae),
-                    "size": args.size, "steps": args.steps, "threads": args.threads}  # fmt: skip
+                    "size": args.size, "steps": args.steps, "threads": args.threads,
+                    "cfg_scale": args.cfg_scale}  # fmt: skip
         limit = int(os.path.getsize(path) * args.limit)
         free, limited, rates = [], [], []
         with tempfile.TemporaryDirectory(dir=args.copy or os.path.dirname(settings["dit"])) as folder:
             copies = {}
-            for key in FILES:
+            for key in () if args.apart else FILES:
                 copies[key] = os.path.join(folder, key + os.path.splitext(settings[key])[1])
                 shutil.copyfile(settings[key], copies[key])
             for _ in range(args.rounds):
                 drop_caches()
-                rates.append(disk_rate(copies["dit"]))
-                pair_of_runs = both(settings, copies, limit)
+                rates.append(disk_rate(copies.get("dit", settings["dit"])))
+                pair_of_runs = apart(settings, limit) if args.apart else both(settings, copies, limit)
                 free.append(pair_of_runs[0])
                 limited.append(pair_of_runs[1])
         results[name] = {"limit": limit, "disk": rates, "free": free, "limited": limited}

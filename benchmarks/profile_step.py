@@ -37,7 +37,7 @@ def transformer_graph(path: str, backend: Backend, args: argparse.Namespace) -> 
     weights = load_params(module.params(), checkpoint, backend=backend, component="z_image")
     side, n = args.size // 16, net.padded(args.tokens)
     rng = np.random.default_rng(0)
-    graph = module.step_graph(backend, side * side, n)
+    graph = module.step_graph(backend, side * side, [n])
     position = np.concatenate([net.image_positions(side, side, n), net.context_positions(n)], axis=1)
     return graph, {
         "patches": rng.standard_normal((side * side, config.patch_dim), np.float32), "t": np.float32([300.0]),

@@ -253,9 +253,9 @@ def _channels(x: Tensor, param: Param) -> Tensor:
     return ops.reshape(graph_use(x, param.tensor), 1, 1, -1)
 
 
-def side_by_side(parts: Sequence[Tensor]) -> Tensor:
-    """Tokens of several streams one after the other; ne [n_features, n_tokens] each."""
-    return reduce(lambda a, b: ops.concat(a, b, dim=1), parts)
+def side_by_side(parts: Sequence[Tensor], dim: int = 1) -> Tensor:
+    """Tokens of several streams one after the other; the last dimension, `dim`, counts them."""
+    return reduce(lambda a, b: ops.concat(a, b, dim=dim), parts)
 
 
 def tokens(x: Tensor, start: int, n: int, dim: int = 1) -> Tensor:

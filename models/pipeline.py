@@ -38,6 +38,7 @@ from .residency import Residency, Span
 from .rng import RNG, make_rng
 from .sampler import evaluated, find_sampler, sample
 from .step_cache import Blocks, CacheRun, Cut, StepCache, total_counts
+from .streaming import Stream
 from .tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -197,9 +198,9 @@ class Pipeline(ABC):
     ) -> Float32:  # fmt: skip
         return self._velocities(x, sigma, [context], references, blocks)[0]
 
-    def _graph_for(self, x: Float32, contexts: Sequence[Float32], references: Sequence[Float32]) -> Graph | None:
-        """The graph of a step with these contexts; None where there is one for a single context only."""
-        return None
+    @abstractmethod
+    def _graph_for(self, x: Float32, contexts: Sequence[Float32], references: Sequence[Float32]) -> Graph:
+        """The graph of a step with these contexts."""
 
     @abstractmethod
     def _sigmas(
@@ -689,25 +690,37 @@ class Pipeline(ABC):
         self, x: Float32, contexts: Sequence[Float32], references: Sequence[Float32], *, cached: bool
     ) -> bool:
         """Whether both predictions of guidance are computed in one graph, as `cfg_batch` says; `guided_how` is why."""
-        alone = None if cached else self._graph_for(x, contexts[:1], references)
         why = None
         if self.cfg_batch is False:
             why = "as asked"
-        elif alone is None:
-            why = "a step cache decides for each" if cached else "this model has no graph for both"
-        elif self.cfg_batch == "auto" and not self.residency.reads_again(alone):
+        elif cached:
+            why = "a step cache decides for each"
+        elif self.cfg_batch == "auto" and not self._reads_again(x, contexts, references):
             why = "the weights stay in memory"
         else:
             try:
                 both = self._graph_for(x, contexts, references)
-                assert both is not None
+                if stream := self._stream(both):
+                    stream.prepare(both)
                 both.alloc()
             except OutOfMemory as error:
+                self.transformer.close_graphs()
                 why = f"no memory for both at once ({error})"
                 log.warning("guidance: %s", why)
         asked = "as asked" if self.cfg_batch is True else "the weights are read in each step"
         self.guided_how = f"both in one graph: {asked}" if why is None else f"one after the other: {why}"
         return why is None
+
+    def _reads_again(self, x: Float32, contexts: Sequence[Float32], references: Sequence[Float32]) -> bool:
+        """Whether weights are read for each prediction: from the disk, or from the host into a smaller device."""
+        found = False
+        for context in contexts:  # each of them: a device has to hold what all of them compute with
+            graph = self._graph_for(x, [context], references)
+            stream = self._stream(graph)
+            found |= self.residency.reads_again(graph) if stream is None else stream.comes_again(graph)
+        if found:
+            self.transformer.close_graphs()  # room for the larger one
+        return found
 
     def _conditioning(self, values: Conditioning | Float32) -> Conditioning:
         if isinstance(values, Conditioning):
@@ -752,7 +765,7 @@ class Pipeline(ABC):
 
     def _compute(self, stage: str, graph: Graph, **inputs: Any) -> dict[str, Any]:
         """Graph.compute; Cancelled when asked to stop, NonFinite naming the stage when a result is not finite."""
-        stream = next(filter(None, (component.stream(graph) for component in self.components())), None)
+        stream = self._stream(graph)
         if stream is not None:
             stream.prepare(graph)
         graph.set(**inputs)
@@ -790,6 +803,9 @@ class Pipeline(ABC):
                 h, w = min(h, self.vae_tile[0]), min(w, self.vae_tile[1])
             found.append(Phase.of(name, module.decoder_graph(backend, h, w), spans, extra=extra))
         return found
+    def _stream(self, graph: Graph) -> Stream | None:
+        """What the weights of a graph come by, if they come piece by piece."""
+        return next(filter(None, (component.stream(graph) for component in self.components())), None)
 
     def _check_cancelled(self) -> None:
         if self._cancelled.is_set():

@@ -229,6 +229,12 @@ class Stream:
                 view.buffer = view.view_src.buffer
             known.pointed = self._n_placements
 
+    def comes_again(self, graph: Graph) -> bool:
+        """Whether weights of a graph come to the device again in each pass. Raises what `prepare` raises."""
+        self.prepare(graph)
+        arrangement = self._graphs[graph].arrangement
+        return arrangement is not None and arrangement.per_pass > 0
+
     def run(self, graph: Graph) -> None:
         """graph.run(), with weights that come in time. After `prepare`; raises what graph.run raises, and uploads."""
         self.prepare(graph)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,6 +15,7 @@ from PIL import Image
 from tiny_models import write_tiny_models, write_tiny_qwen
 
 import models
+from models.devices import Place
 from models.residency import Residency
 from models.step_cache import EasyCache
 from pyggml import Backend, OutOfMemory
@@ -121,10 +123,52 @@ def test_without_memory_for_both(pipe: Any, monkeypatch: pytest.MonkeyPatch, cap
     np.testing.assert_array_equal(actual, expected)
 
 
-def test_z_image_has_one_at_a_time(tmp_path: Path, backend: Backend) -> None:
+def test_on_a_device_that_weights_come_to_in_each_step(
+    files: dict[str, Path], backend: Backend, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The device is a second backend of the processor that is treated as if its memory were another."""
+    monkeypatch.setattr(Place, "offloads", True)
+    with Backend.cpu(1) as device, models.load(
+        **files, backend=device, max_vram=1 << 30, params_backend="cpu"
+    ) as pipe:  # fmt: skip
+        pipe.cfg_batch = "auto"
+        roomy = pipe(**PROMPTS, **SMALL)
+        assert roomy.report.cfg_batch == "one after the other: the weights stay in memory"
+        first = roomy.report.vram["qwen_image"]
+
+        def drawn_within(n_bytes: int, cfg_batch: bool | Literal["auto"]) -> Any:
+            pipe.transformer.place = replace(pipe.transformer.place, max_vram=n_bytes)
+            pipe.cfg_batch = cfg_batch
+            result = pipe(**PROMPTS, **SMALL)
+            seen = result.report.vram["qwen_image"]
+            assert 0 < seen.peak <= n_bytes
+            assert error(result.images[0], roomy.images[0]) <= 1e-5
+            return result.report.cfg_batch, seen.passes, seen.uploaded_bytes
+
+        # Room for buffers and a share of the weights.
+        tight = first.compute + first.weights // 2
+        how, passes, uploaded = drawn_within(tight, "auto")
+        assert how == "both in one graph: the weights are read in each step"
+        how, more_passes, more_uploaded = drawn_within(tight, False)
+        assert how == "one after the other: as asked" and more_passes > passes and more_uploaded > uploaded
+
+
+@pytest.mark.parametrize("size", [(48, 32), (40, 24)])
+def test_z_image(tmp_path: Path, backend: Backend, size: tuple[int, int]) -> None:
+    # Contexts of 32 and of 64 tokens.
+    more = {"cfg_scale": 3.0, "width": size[0], "height": size[1], "negative_prompt": "red " * 40}
     with models.load(**write_tiny_models(tmp_path), backend=backend) as pipe:
-        _, how = drawn(pipe, True, cfg_scale=3)
-        assert how == "one after the other: this model has no graph for both"
+        expected, how = drawn(pipe, False, **more)
+        assert how == "one after the other: as asked"
+        actual, how = drawn(pipe, True, **more)
+        assert how == "both in one graph: as asked"
+        assert error(actual, expected) <= 1e-5
+        assert error(drawn(pipe, False, **more | {"negative_prompt": "blue"})[0], expected) > 1e-4  # it takes part
+        x = np.random.default_rng(1).standard_normal((16, 4, 6)).astype(np.float32)
+        contexts = [np.random.default_rng(n).standard_normal((n, 64)).astype(np.float32) for n in (32, 64, 96)]
+        with pipe.transformer.in_use():
+            for i, found in enumerate(pipe._velocities(x, 0.5, contexts)):
+                assert error(found, pipe._velocity(x, 0.5, contexts[i])) <= 1e-5
 
 
 def test_on_the_command_line(files: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -737,9 +737,9 @@ def test_a_graph_has_room_for_all_kinds(pipe: ZImagePipeline, tmp_path: Path) ->
     """NODES is an upper bound for each form."""
     for name, (tensors, _) in forms().items():
         pipe.set_loras({})
-        n_before = len(pipe.transformer.module.step_graph(pipe.transformer.backend, 16, 32).nodes)
+        n_before = len(pipe.transformer.module.step_graph(pipe.transformer.backend, 16, [32]).nodes)
         pipe.set_loras({write(tmp_path / "x.safetensors", tensors): 1})
-        n_after = len(pipe.transformer.module.step_graph(pipe.transformer.backend, 16, 32).nodes)
+        n_after = len(pipe.transformer.module.step_graph(pipe.transformer.backend, 16, [32]).nodes)
         assert n_after - n_before <= NODES, name
 
 

@@ -98,7 +98,7 @@ def test_transformer(backend: Backend, tmp_path: Path, case: str, single_file: b
         with module.context_graph(backend, len(cap)) as graph:
             context = graph.compute(caption=cap, position=position)["context"]
         h, w = latents.shape[1:]
-        with module.step_graph(backend, h // 2 * (w // 2), len(context)) as graph:
+        with module.step_graph(backend, h // 2 * (w // 2), [len(context)]) as graph:
             joint = np.concatenate([net.image_positions(h // 2, w // 2, len(context)), position], axis=1)
             t = np.float32([1000 * float(arrays[f"{case}/t"].item())])
             out = graph.compute(patches=net.patchify(latents), t=t, context=context, position=joint)["out"]

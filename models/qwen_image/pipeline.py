@@ -312,7 +312,7 @@ class QwenImagePipeline(Pipeline):
         stacked = np.stack(found).reshape(len(contexts), *x.shape)
         return list(stacked)
 
-    def _graph_for(self, x: Float32, contexts: Sequence[Float32], references: Sequence[Float32]) -> Graph | None:
+    def _graph_for(self, x: Float32, contexts: Sequence[Float32], references: Sequence[Float32]) -> Graph:
         n_patches = math.prod(x.shape[:-3]) * _n_patches(x)
         return self._step_graph(n_patches, tuple(map(len, contexts)), sum(map(_n_patches, references)))
 

@@ -130,26 +130,28 @@ class ZImagePipeline(Pipeline):
         self, x: Float32, sigma: float, contexts: Sequence[Float32], references: Sequence[Float32] = (),
         blocks: Blocks | None = None,
     ) -> list[Float32]:  # fmt: skip
-        return [self._with_one(x, sigma, context, blocks) for context in contexts]
-
-    def _with_one(self, x: Float32, sigma: float, context: Float32, blocks: Blocks | None) -> Float32:
         _, h, w = x.shape
         padded_x = np.pad(x, ((0, 0), (0, h % 2), (0, w % 2)))  # sizes that are no multiple of 16
         rows, columns = padded_x.shape[1] // net.PATCH, padded_x.shape[2] // net.PATCH
-        sizes = rows * columns, len(context)
-        position = np.concatenate(
-            [net.image_positions(rows, columns, len(context)), net.context_positions(len(context))], axis=1
-        )
+        n_patches, n_context = rows * columns, tuple(map(len, contexts))
+        positions = [part for n in n_context
+                     for part in (net.image_positions(rows, columns, n), net.context_positions(n))]  # fmt: skip
         t = np.array([net.T_SCALE * (1 - sigma)], np.float32)
-        inputs = dict(patches=net.patchify(padded_x), t=t, context=context, position=position)
+        inputs = dict(patches=net.patchify(padded_x), t=t, context=np.concatenate(contexts),
+                      position=np.concatenate(positions, axis=1))  # fmt: skip
         stage = f"the transformer at sigma {sigma:.4f}"
         if blocks is None:
-            out = self._compute(stage, self._step_graph(*sizes), **inputs)["out"]
+            out = self._compute(stage, self._step_graph(n_patches, n_context), **inputs)["out"]
         else:
-            out = self._in_parts(stage, sigma, blocks, inputs, partial(self._part_graph, *sizes))
-        return -net.unpatchify(out, *padded_x.shape[1:])[:, :h, :w]
+            part_graph = partial(self._part_graph, n_patches, n_context[0])
+            out = self._in_parts(stage, sigma, blocks, inputs, part_graph)
+        return [-net.unpatchify(part, *padded_x.shape[1:])[:, :h, :w] for part in np.split(out, len(contexts))]
 
-    def _step_graph(self, n_patches: int, n_context: int) -> Graph:
+    def _graph_for(self, x: Float32, contexts: Sequence[Float32], references: Sequence[Float32]) -> Graph:
+        _, h, w = x.shape
+        return self._step_graph(-(-h // net.PATCH) * -(-w // net.PATCH), tuple(map(len, contexts)))
+
+    def _step_graph(self, n_patches: int, n_context: Sequence[int]) -> Graph:
         transformer = self.transformer  # keeps two graphs: prompt and negative prompt
         build = partial(transformer.module.step_graph, transformer.backend, n_patches, n_context)
         return transformer.graph((n_patches, n_context), build)
@@ -229,9 +231,10 @@ class ZImagePipeline(Pipeline):
             pixels = 16 * height * width  # bytes: three floats, and whether each is finite
             found.append(Phase.of("image encoder", graph, spans, extra=pixels))
         found += [Phase.of("caption refiner", dit.context_graph(self.transformer.backend, n), spans) for n in lengths]
+        n_contexts = [*map(net.padded, lengths)]
         picture = [
-            Phase.of("steps", dit.step_graph(self.transformer.backend, n_patches, net.padded(n)), spans, stays=True)
-            for n in dict.fromkeys(lengths)
+            Phase.of("steps", dit.step_graph(self.transformer.backend, n_patches, n), spans, stays=True)
+            for n in ([n_contexts] if self.cfg_batch is True else [[n] for n in dict.fromkeys(n_contexts)])
         ]
         picture += self._decoder_phases(width, height, spans, preview)
         again = [replace(phase, buffer=0, stays=False) if phase.stays else phase for phase in picture]

@@ -11,6 +11,7 @@ Facts: diffusers' ZImageTransformer2DModel. Tensor names are those of the single
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -22,7 +23,7 @@ from loader.params import Param
 from pyggml import Backend, Graph, Tensor, Type, ops
 
 from ..lora import Naming, extra_nodes
-from ..nn import Linear, Module, RMSNorm, attention, graph_use, split_heads
+from ..nn import Linear, Module, RMSNorm, attention, graph_use, side_by_side, split_heads, tokens
 from ..rope import apply_rope_axes
 from ..step_cache import Cut
 
@@ -130,7 +131,8 @@ class Attention(Module):
         self.out = Linear(c.dim, c.dim, bias=False)
         self.config = config
 
-    def __call__(self, x: Tensor, positions: list[Tensor]) -> Tensor:
+    def __call__(self, x: Tensor, positions: list[Tensor], lengths: Sequence[int]) -> Tensor:
+        """lengths: of the sequences in `x` side by side, whose tokens attend to each other."""
         c = self.config
         if c.fused_qkv:
             qkv = self.qkv(x)  # ne [3 * dim, n_tokens]
@@ -139,7 +141,12 @@ class Attention(Module):
             q, k, v = (split_heads(to(x), 0, c.n_heads, c.head_dim) for to in (self.to_q, self.to_k, self.to_v))
         q = apply_rope_axes(self.q_norm(q), positions, c.axes_dims, ROPE_THETA)  # ne [head_dim, n_heads, n_tokens]
         k = apply_rope_axes(self.k_norm(k), positions, c.axes_dims, ROPE_THETA)
-        return self.out(attention(q, k, v))  # ne [dim, n_tokens]
+        starts = [sum(lengths[:i]) for i in range(len(lengths))]
+        parts = [
+            attention(tokens(q, start, n, 2), tokens(k, start, n, 2), tokens(v, start, n, 2))
+            for start, n in zip(starts, lengths, strict=True)
+        ]
+        return self.out(side_by_side(parts))  # ne [dim, n_tokens]
 
 
 class FeedForward(Module):
@@ -171,7 +178,9 @@ class Block(Module):
         self.adaLN_modulation = [Linear(c.adaln_dim, 4 * c.dim)] if modulated else []
         self.eps = c.norm_eps
 
-    def __call__(self, x: Tensor, positions: list[Tensor], t: Tensor | None = None) -> Tensor:
+    def __call__(
+        self, x: Tensor, positions: list[Tensor], lengths: Sequence[int], t: Tensor | None = None
+    ) -> Tensor:
         norms = (self.attention_norm1, self.attention_norm2, self.ffn_norm1, self.ffn_norm2)
         weights = [norm.weight.tensor for norm in norms]
         if t is not None:
@@ -181,7 +190,7 @@ class Block(Module):
                 m = ops.view(modulation, (modulation.ne[0],), offset=i * modulation.nb[1])
                 weights[i] = ops.mul(ops.tanh(m) if i % 2 else m + 1.0, w)
         scale_a, gate_a, scale_f, gate_f = weights
-        h = self.attention(ops.mul(ops.rms_norm(x, self.eps), scale_a), positions)
+        h = self.attention(ops.mul(ops.rms_norm(x, self.eps), scale_a), positions, lengths)
         x = x + ops.mul(ops.rms_norm(h, self.eps), gate_a)  # ne [dim, n_tokens]
         h = self.feed_forward(ops.mul(ops.rms_norm(x, self.eps), scale_f))
         return x + ops.mul(ops.rms_norm(h, self.eps), gate_f)
@@ -237,28 +246,45 @@ class ZImageTransformer(Module):
         norm, linear = self.cap_embedder
         c = pad_tokens(linear(norm(caption)), self.cap_pad_token.tensor)
         for block in self.context_refiner:
-            c = block(c, positions)
+            c = block(c, positions, [c.ne[1]])
         return c
 
-    def __call__(self, x: Tensor, t: Tensor, context: Tensor, positions: list[Tensor]) -> Tensor:
-        """Patches ne [patch_dim, n], time 1000 (1 - sigma) ne [1], context ne [dim, n_context]; positions of the padded
-        image tokens, then of the context. Returns x0 - noise for each patch, ne [patch_dim, n].
+    def __call__(
+        self, x: Tensor, t: Tensor, context: Tensor, positions: list[Tensor], n_context: Sequence[int]
+    ) -> Tensor:
+        """Patches ne [patch_dim, n], time 1000 (1 - sigma) ne [1], contexts side by side ne [dim, sum of n_context];
+        positions, for each context, of the padded image tokens, then of its own. Returns x0 - noise for each patch,
+        ne [patch_dim, n_prompts * n].
         """
         n_patches = x.ne[1]
         t = self.t_embedder(t)  # ne [adaln_dim, 1]
-        x = self._joined(x, t, context, positions)  # ne [dim, n_image + n_context]
+        x, lengths = self._joined(x, t, context, positions, n_context)
         for block in self.layers:
-            x = block(x, positions, t)
-        x = ops.view(x, (x.ne[0], n_patches))
-        return self.final_layer(x, t)
+            x = block(x, positions, lengths, t)
+        return self._out(x, t, n_patches, lengths)
 
-    def _joined(self, x: Tensor, t: Tensor, context: Tensor, positions: list[Tensor]) -> Tensor:
-        """Patches, refined, and the context as one stream."""
+    def _joined(
+        self, x: Tensor, t: Tensor, context: Tensor, positions: list[Tensor], n_context: Sequence[int]
+    ) -> tuple[Tensor, list[int]]:
+        """For each context a sequence of patches, refined, and the context, side by side; and their lengths."""
         x = pad_tokens(self.x_embedder(x), self.x_pad_token.tensor)  # ne [dim, n_image]
-        image_positions = [ops.view(p, (x.ne[1],)) for p in positions]
+        n_image, n_prompts = x.ne[1], len(n_context)
+        lengths = [n_image + n for n in n_context]
+        starts = [sum(lengths[:i]) for i in range(n_prompts)]
+        image_positions = [
+            side_by_side([tokens(p, start, n_image, 0) for start in starts], 0) for p in positions
+        ]
+        x = side_by_side([x] * n_prompts)
         for block in self.noise_refiner:
-            x = block(x, image_positions, t)
-        return ops.concat(x, context, dim=1)
+            x = block(x, image_positions, [n_image] * n_prompts, t)
+        parts: list[Tensor] = []
+        for i, n in enumerate(n_context):
+            parts += [tokens(x, i * n_image, n_image), tokens(context, sum(n_context[:i]), n)]
+        return side_by_side(parts), lengths  # ne [dim, sum of lengths]
+
+    def _out(self, x: Tensor, t: Tensor, n_patches: int, lengths: Sequence[int]) -> Tensor:
+        starts = (sum(lengths[:i]) for i in range(len(lengths)))
+        return self.final_layer(side_by_side([tokens(x, start, n_patches) for start in starts]), t)
 
     # -- graphs -------------------------------------------------------------------------------------------------------
 
@@ -270,15 +296,18 @@ class ZImageTransformer(Module):
         graph.output(self.context(caption, positions), name="context")
         return graph
 
-    def step_graph(self, backend: Backend, n_patches: int, n_context: int) -> Graph:
-        """Inputs patches, t, context and position; output out, numpy [n_patches, patch_dim]."""
+    def step_graph(self, backend: Backend, n_patches: int, n_context: Sequence[int]) -> Graph:
+        """For each prompt `n_context` tokens. Inputs patches [n_patches, patch_dim], t, contexts and positions side by
+        side, [n, dim] and [3, n]; output out, numpy [n_prompts * n_patches, patch_dim].
+        """
         c = self.config
-        graph = Graph(backend, n_nodes=256 + 80 * (c.n_layers + c.n_noise_refiners) + extra_nodes(self))
+        n_nodes = 64 + 16 * len(n_context)
+        graph = Graph(backend, n_nodes=256 + n_nodes * (c.n_layers + c.n_noise_refiners) + extra_nodes(self))
         patches = graph.input((c.patch_dim, n_patches), name="patches")
         t = graph.input((1,), name="t")
-        context = graph.input((c.dim, n_context), name="context")
-        positions = input_positions(graph, padded(n_patches) + n_context)
-        graph.output(self(patches, t, context, positions), name="out")
+        context = graph.input((c.dim, sum(n_context)), name="context")
+        positions = input_positions(graph, len(n_context) * padded(n_patches) + sum(n_context))
+        graph.output(self(patches, t, context, positions, n_context), name="out")
         return graph
 
     def part_graph(self, backend: Backend, n_patches: int, n_context: int, cut: Cut) -> Graph:
@@ -290,14 +319,14 @@ class ZImageTransformer(Module):
         t = self.t_embedder(graph.input((1,), name="t"))
         if cut.first:
             patches = graph.input((c.patch_dim, n_patches), name="patches")
-            x = self._joined(patches, t, graph.input((c.dim, n_context), name="context"), positions)
+            x, _ = self._joined(patches, t, graph.input((c.dim, n_context), name="context"), positions, [n_context])
         else:
             x = graph.input((c.dim, n_tokens), name="x")
         before = x
         for block in self.layers[cut.begin : cut.end]:
-            x = block(x, positions, t)
+            x = block(x, positions, [n_tokens], t)
         if cut.last:
-            graph.output(self.final_layer(ops.view(x, (c.dim, n_patches)), t), name="out")
+            graph.output(self._out(x, t, n_patches, [n_tokens]), name="out")
             return graph
         graph.output(x, name="x")
         if cut.first:
