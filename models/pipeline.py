@@ -402,21 +402,21 @@ class Pipeline(ABC):
 
         def velocity(branch: int, x: Float32, sigma: float) -> Float32:
             compute = partial(self._velocity, x, sigma, contexts[branch], references)
-            with self.transformer.in_use():  # a callback may have changed weights
-                return compute() if cache is None else cache.evaluate(branch, x, sigma, compute)
+            return compute() if cache is None else cache.evaluate(branch, x, sigma, compute)
 
         at_once = False
 
         def estimate(x: Float32, sigma: float) -> Any:
             self._check_cancelled()
-            if not both and (guide is None or not guide.wanted(sigma)):
-                v = second = velocity(0, x, sigma)
-            else:
-                if at_once:
+            guided = both or (guide is not None and guide.wanted(sigma))
+            with self.transformer.in_use():  # a callback may have changed weights
+                if guided and at_once:
                     v, second = self._velocities(x, sigma, contexts, references)
                 else:
-                    v, second = velocity(0, x, sigma), velocity(1, x, sigma)
-                v = guide(v, second, sigma) if guide is not None else v
+                    v = second = velocity(0, x, sigma)
+                    second = velocity(1, x, sigma) if guided else second
+            if guided and guide is not None:
+                v = guide(v, second, sigma)
             found = [x - np.float32(sigma) * y for y in ((v, second) if both else (v,))]
             if inpainting:
                 found = [inpainting.estimate(x0) for x0 in found]
