@@ -240,6 +240,11 @@ class AutoencoderKL(Module):
         assert self.decoder is not None
         return _graph(backend, self.decoder, "latents", "picture", (width, height, self.config.latent_channels))
 
+    def tiled_bytes(self, height: int, width: int) -> int:
+        """Of the widest maps when a picture of that size is decoded in tiles."""
+        narrow, wide = self.config.channels[:2]
+        return 4 * (wide + 2 * narrow) * height * width
+
     def encoder_graph(self, backend: Backend, height: int, width: int) -> Graph:
         """For a picture of height x width: input picture, output moments, both numpy [channels, height, width]."""
         assert self.encoder is not None

@@ -258,6 +258,10 @@ class QwenAutoencoder(Module):
         graph.output(self.decoder(self.conv2(latents)), name="picture")
         return graph
 
+    def tiled_bytes(self, height: int, width: int) -> int:
+        """Of the widest maps when a picture of that size is decoded in tiles."""
+        return 4 * 2 * self.config.channels[0] * height * width
+
     def encoder_graph(self, backend: Backend, height: int, width: int) -> Graph:
         """For a picture of height x width: input picture, output moments, both numpy [channels, height, width]."""
         assert self.encoder is not None and self.conv1 is not None

@@ -14,7 +14,7 @@ import time
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial, wraps
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, cast
 
@@ -37,7 +37,7 @@ from .preview import SIDE, Mode, Show, View, check_preview
 from .residency import Residency, Span
 from .rng import RNG, make_rng
 from .sampler import evaluated, find_sampler, sample
-from .step_cache import Blocks, CacheRun, Cut, StepCache, total_counts
+from .step_cache import Blocks, CacheRun, Cut, DBCache, StepCache
 from .streaming import Stream
 from .tokenizer import Tokenizer
 
@@ -229,11 +229,40 @@ class Pipeline(ABC):
         self, prompt: str, *, negative_prompt: str = "", height: int | None = None, width: int | None = None,
         cfg_scale: float | None = None, method: str = "euler", num_images_per_prompt: int = 1,
         encode_image: bool = False, reference_images: Sequence[Path | Image.Image] = (), layers: int | None = None,
-        preview: Mode | None = None,
+        preview: Mode | None = None, cache: StepCache | None = None,
     ) -> list[Phase]:  # fmt: skip
         """The graphs that a call with these arguments computes, in order, measured; for models.prediction.predict.
         `preview`: None for none.
         """
+
+    def _step_phases(
+        self, lengths: Sequence[int], cache: StepCache | None, spans: Sequence[Span], sizes: Callable[[Any], Any],
+        extra: int = 0,
+    ) -> list[Phase]:  # fmt: skip
+        """The graphs of a step. lengths: of the prompt's conditioning and, with guidance, of the negative one's; sizes:
+        what the transformer builds a graph for, of one of them, or for a whole one of several at once.
+        """
+        dit, at = self.transformer.module, self.transformer.backend
+        if not isinstance(cache, DBCache):
+            at_once = [lengths] if self.cfg_batch is True and cache is None else [[n] for n in dict.fromkeys(lengths)]
+            of_step = (dit.step_graph(at, *sizes(n)) for n in at_once)
+            return [Phase.of("steps", graph, spans, stays=True, extra=extra) for graph in of_step]
+        cache.check(dit.config.n_layers)
+        cuts = cache.cuts(dit.config.n_layers)
+        fronts, found = [], []
+        for n in lengths:  # each has what it remembers, also where they are of one size
+            with dit.part_graph(at, *sizes(n), cuts[0]) as graph:
+                fronts.append({name: tensor.n_bytes for name, tensor in graph.outputs.items()})
+        extra += cache.n_bytes(fronts)
+        for n in dict.fromkeys(lengths):
+            for name, cut in zip(("front blocks", "middle blocks", "back blocks"), cuts, strict=True):
+                found.append(Phase.of(name, dit.part_graph(at, *sizes(n), cut), spans, stays=True, extra=extra))
+        return found
+
+    def _all_phases(self, before: list[Phase], picture: list[Phase], n_pictures: int) -> list[Phase]:
+        """Those before the first picture, and those of all pictures: what stays is there from the first on."""
+        again = [replace(phase, buffer=0, stays=False) if phase.stays else phase for phase in picture]
+        return before + picture + (again if n_pictures > 1 else [])
 
     def _foresee(self, times: Sequence[float]) -> None:
         """Told before the steps at which noise levels the transformer will be asked, in order."""
@@ -603,7 +632,6 @@ class Pipeline(ABC):
                 references = self._references(pictures, width, height)
 
         images: list[Any] = []
-        caches: list[CacheRun] = []
         for i in range(num_images_per_prompt):
             # 4. noise
             generator = make_rng(name, seed + i)
@@ -642,20 +670,22 @@ class Pipeline(ABC):
                 report.previewed(time.perf_counter() - start)
                 clock[0] += report.preview_seconds[-1]  # no part of a step
 
-            caches += [] if cache is None else [cache.begin(len(levels) - 1)]
+            remembered = None if cache is None else cache.begin(len(levels) - 1)
             tell("step", 0, len(levels) - 1)
             with report.phase("denoise"):
                 x = self.denoise(
                     x, levels, cond, uncond, guidance=guidance, references=references, inpainting=inpainting,
-                    cache=caches[-1] if caches else None, method=method, eta=eta, rng=generator, callback=after,
+                    cache=remembered, method=method, eta=eta, rng=generator, callback=after,
                     on_estimate=look if on_preview else None,
                 )  # fmt: skip
 
             report.cfg_batch = self.guided_how if guided else None
-            report.cache = total_counts(caches)
-            if cache is not None:
+            if remembered is not None:
+                for key, n in remembered.counts.items():
+                    report.cache[key] = report.cache.get(key, 0) + n
                 log.info("%s", "step cache: {steps_skipped} of {steps} steps skipped, {evaluations_skipped} of "
-                         "{evaluations} evaluations".format(**caches[-1].counts))  # fmt: skip
+                         "{evaluations} evaluations".format(**remembered.counts))  # fmt: skip
+                remembered = None  # memory for the decoder
 
             # 6. decode
             if output_type == "latent":
@@ -743,12 +773,11 @@ class Pipeline(ABC):
         self, stage: str, sigma: float, blocks: Blocks, inputs: Mapping[str, Any], graph: Callable[[Cut], Graph]
     ) -> Float32:
         """The output of a step whose graphs are those of the three parts; `inputs` are of all of them together."""
-        n = self.transformer.module.config.n_layers
-        ends = (0, blocks.front, n - blocks.back, n)
+        cuts = blocks.settings.cuts(self.transformer.module.config.n_layers)
         known = dict(inputs)
 
         def run(i: int) -> dict[str, Any]:
-            part = graph(Cut(ends[i], ends[i + 1], first=i == 0, last=i == 2))
+            part = graph(cuts[i])
             return self._compute(stage, part, **{name: known[name] for name in part.inputs})
 
         state = run(0)
@@ -798,8 +827,7 @@ class Pipeline(ABC):
             extra = 16 * n_pixels  # bytes: three floats, and whether each is finite
             module, backend = self.vae.module, self.vae.backend
             if self.vae_tile:  # and the widest layers of the whole picture in memory of our own
-                narrow, wide = module.config.channels[:2]
-                extra += 4 * (wide + 2 * narrow) * n_pixels
+                extra += module.tiled_bytes(SIZE_MULTIPLE * h, SIZE_MULTIPLE * w)
                 h, w = min(h, self.vae_tile[0]), min(w, self.vae_tile[1])
             found.append(Phase.of(name, module.decoder_graph(backend, h, w), spans, extra=extra))
         return found

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -95,6 +95,22 @@ class DBCache(StepCache):
 
     def begin(self, n_steps: int) -> CacheRun:
         return _BlockRun(self, n_steps)
+
+    def cuts(self, n_blocks: int) -> tuple[Cut, Cut, Cut]:
+        """Front, middle and back of a network of that many blocks."""
+        front, back = self.front, n_blocks - self.back
+        return (Cut(0, front, first=True, last=False), Cut(front, back, first=False, last=False),
+                Cut(back, n_blocks, first=False, last=True))  # fmt: skip
+
+    def n_bytes(self, fronts: Sequence[Mapping[str, int]]) -> int:
+        """What is held at most: what each branch remembers, and what one of them is about to learn.
+
+        fronts: for each branch, bytes of each output of the front blocks.
+        """
+        changes = [front["change"] for front in fronts]
+        states = [sum(front.values()) - front["change"] for front in fronts]
+        remembered = sum(changes) + (self.order + 1) * sum(states)
+        return remembered + max(changes) + (self.order + 3) * max(states)  # also where middle blocks begin and end
 
 
 @dataclass(frozen=True)
@@ -229,14 +245,13 @@ class _BlockRun(CacheRun):
 
 
 class Blocks:
-    """What one branch remembers of the blocks in the middle of the network. `front`, `back`: those around them.
+    """What one branch remembers of the blocks in the middle of the network.
 
     Where the blocks are cut, the network is a few arrays by name, tokens of its streams.
     """
 
     def __init__(self, run: CacheRun, settings: DBCache) -> None:
-        self.front, self.back = settings.front, settings.back
-        self._run, self._settings = run, settings
+        self._run, self.settings = run, settings
         self._change: Float32 | None = None  # what the front blocks added when the middle was computed last
         self._added: dict[str, Taylor] = {}
 
@@ -250,7 +265,7 @@ class Blocks:
         """They were computed."""
         self._change = change
         for name, value in added.items():
-            self._added.setdefault(name, Taylor(self._settings.order)).learn(value, sigma)
+            self._added.setdefault(name, Taylor(self.settings.order)).learn(value, sigma)
 
     def _decide(self, change: Float32) -> bool:
         if self._change is None:
@@ -258,9 +273,9 @@ class Blocks:
         by_mask = self._run.by_mask()
         if by_mask is not None:
             return by_mask
-        if self._run.step < self._settings.warmup:
+        if self._run.step < self.settings.warmup:
             return False
-        return _mean(change - self._change) < self._settings.threshold * _mean(self._change)
+        return _mean(change - self._change) < self.settings.threshold * _mean(self._change)
 
 
 class Cut(NamedTuple):
@@ -303,11 +318,6 @@ class Taylor:
         for k, factor in enumerate(self._factors[1:], start=1):
             total = total + factor * np.float32(h**k / math.factorial(k))
         return total
-
-
-def total_counts(runs: list[CacheRun]) -> dict[str, int]:
-    """The sums of their counts."""
-    return {key: sum(run.counts[key] for run in runs) for key in runs[0].counts} if runs else {}
 
 
 def parse_mask(text: str) -> tuple[bool, ...]:

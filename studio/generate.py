@@ -75,7 +75,7 @@ def generate(args: argparse.Namespace) -> int:
         "reference_images": args.ref_image, "layers": args.layers,
     }  # fmt: skip
     if args.dry_run:
-        _show_plan(args, prompt, files, load, shape, wanted_loras, tile if args.vae_tiling else None)
+        _show_plan(args, prompt, files, load, shape, controls, wanted_loras, tile if args.vae_tiling else None)
         return 0
 
     start = time.perf_counter()
@@ -111,7 +111,7 @@ def generate(args: argparse.Namespace) -> int:
                 return compare.show(
                     pipe, args.compare_with, args.tolerance, prompt=prompt, seed=seed, init_image=args.init_img, **shape
                 )
-            predicted = _predict(pipe, args, prompt, shape).to_dict() if report else None
+            predicted = _predict(pipe, args, prompt, shape, controls).to_dict() if report else None
             result = pipe(
                 prompt, **{**shape, **controls}, num_inference_steps=args.steps, sigmas=sigmas,
                 scheduler=args.scheduler, shift=shift, eta=args.eta, seed=seed, rng=args.rng, init_image=args.init_img,
@@ -134,16 +134,20 @@ def _warn_of_keys(reports: Sequence[LoraReport], args: argparse.Namespace) -> No
             print("warning: " + "; ".join([report.sentence(), *report.warnings]), file=sys.stderr)
 
 
-def _predict(pipe: Any, args: argparse.Namespace, prompt: str, shape: Mapping[str, Any]) -> Any:
+def _predict(
+    pipe: Any, args: argparse.Namespace, prompt: str, shape: Mapping[str, Any], controls: Mapping[str, Any]
+) -> Any:
     from .plan import predict_run
 
     preview = None if args.preview == "none" else args.preview
-    return predict_run(pipe, prompt, **shape, encode_image=args.init_img is not None, preview=preview)
+    return predict_run(
+        pipe, prompt, **shape, encode_image=args.init_img is not None, preview=preview, cache=controls.get("cache")
+    )
 
 
 def _show_plan(
     args: argparse.Namespace, prompt: str, files: Sequence[str], load: Mapping[str, Any], shape: Mapping[str, Any],
-    wanted_loras: Sequence[tuple[str, float]], tile: tuple[int, int] | None,
+    controls: Mapping[str, Any], wanted_loras: Sequence[tuple[str, float]], tile: tuple[int, int] | None,
 ) -> None:  # fmt: skip
     import models
     from models.prediction import stand_in
@@ -157,7 +161,7 @@ def _show_plan(
         side = pipe.size(*(shape[name] for name in ("width", "height", "reference_images")))
         threads = pipe.transformer.backend.n_threads
         heading = f"{side[0]}x{side[1]}, {threads} thread{'s' * (threads != 1)}"
-        plan.show(pipe, _predict(pipe, args, prompt, shape), heading, getattr(args, "json", False))
+        plan.show(pipe, _predict(pipe, args, prompt, shape, controls), heading, getattr(args, "json", False))
 
 
 def _prompt(args: argparse.Namespace) -> str:

@@ -21,7 +21,7 @@ from models.image import read_image
 from models.pipeline import Pipeline
 from models.preview import Mode, Projection
 from models.room import Room
-from models.step_cache import DBCache, EasyCache, StepCache, TaylorSeer
+from models.step_cache import Blocks, DBCache, EasyCache, StepCache, TaylorSeer
 from pyggml import Backend, Cancelled
 from studio import cli, sampling
 from studio.generate import DEMO, DEMO_FILES
@@ -274,6 +274,36 @@ def test_a_cache_that_leaves_nothing_is_refused(pipe: Pipeline) -> None:
     n = pipe.transformer.module.config.n_layers
     with pytest.raises(ValueError, match=f"the network has {n} blocks: 8 at the front"):
         drawn(pipe, DBCache())
+
+
+@pytest.mark.parametrize("cfg_scale", [1.0, 3.0])
+def test_a_plan_counts_the_graphs_of_a_cache(pipe: Pipeline, cfg_scale: float) -> None:
+    """Three for each branch, which all stay, with the buffers that they are then given."""
+    cache = DBCache(front=1, warmup=1, threshold=0, order=1)
+    prompts: dict[str, Any] = {"negative_prompt": "something else that is a good deal longer, and longer again than it"}
+    size, steps = {"width": 64, "height": 64}, {"num_inference_steps": 2, "output_type": "latent"}
+    pipe.transformer.close_graphs()
+    held, learn = [], Blocks.learn
+
+    def watched(self: Blocks, change: Any, added: Any, sigma: float) -> None:
+        learn(self, change, added, sigma)
+        kept = [self._change, *(factor for series in self._added.values() for factor in series._factors)]
+        held.append(sum(array.nbytes for array in kept if array is not None))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Blocks, "learn", watched)
+        pipe("a red circle", **prompts, **size, **steps, cfg_scale=cfg_scale, cache=cache)
+    graphs = pipe.transformer._graphs.values()
+    assert len(graphs) == (3 if cfg_scale == 1 else 6)
+    phases = [x for x in pipe.phases("a red circle", **prompts, **size, cfg_scale=cfg_scale, cache=cache) if x.stays]
+    assert [phase.name for phase in phases] == ["front blocks", "middle blocks", "back blocks"] * (len(graphs) // 3)
+    assert sorted(phase.buffer for phase in phases) == sorted(graph.buffer_size for graph in graphs)
+    n = len(graphs) // 3
+    assert max(phase.extra for phase in phases) > sum(held[-n:]) > 0
+    plain = [x for x in pipe.phases("a red circle", **prompts, **size, cfg_scale=cfg_scale) if x.stays]
+    assert {phase.name for phase in plain} == {"steps"} and plain[0].extra < phases[0].extra
+    with pytest.raises(ValueError, match="leave none to skip"):
+        pipe.phases("a red circle", **size, cache=DBCache())
 
 
 def test_a_cache_with_back_blocks_and_weights_that_stream(monkeypatch: pytest.MonkeyPatch) -> None:

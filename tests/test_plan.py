@@ -230,6 +230,18 @@ def test_plan_as_json(capsys: pytest.CaptureFixture[str], large: Path) -> None:
     assert plan["fits"] and plan["room"] > 0
 
 
+def test_a_plan_knows_a_step_cache(capsys: pytest.CaptureFixture[str]) -> None:
+    peaks = {}
+    for mode in ("easycache", "dbcache"):
+        options = ["--cache-option", "Fn=1"] if mode == "dbcache" else []
+        assert main(["plan", "x", "-W", "256", "-H", "256", "--cache-mode", mode, *options, "--json"]) == 0
+        plan = json.loads(capsys.readouterr().out)
+        peaks[mode] = plan["private_peak"]
+        names = ["front blocks", "middle blocks", "back blocks"] if mode == "dbcache" else ["steps"]
+        assert [phase["name"] for phase in plan["phases"]] == ["text encoder", "caption refiner", *names, "decoder"]
+    assert peaks["dbcache"] > peaks["easycache"]
+
+
 def test_a_plan_refuses_what_a_run_would(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert main(["plan", "x", "--diffusion-model", str(VAE), "--llm", str(LLM), "--vae", str(VAE)]) == 2
     assert "diffusion model" in capsys.readouterr().err

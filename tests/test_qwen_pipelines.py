@@ -600,10 +600,14 @@ def test_what_is_another_models(
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is looked at by Linux's means")
-def test_the_peak_of_an_edit_is_predicted(files: dict[str, Path], in_folder: Path) -> None:
-    """With references as large as they really are, which tower and autoencoder want the most for."""
-    command = [sys.executable, "-m", "studio.cli", "generate", "a red circle", "-r", "0.png", "--edit-model", "edit",
-               *options(files), *SIZE, "-t", "1", "--cfg-scale", "1", "--report", "r.json"]  # fmt: skip
+@pytest.mark.parametrize("more", [
+    ["-r", "0.png", "--edit-model", "edit", "-W", "32", "-H", "32"],
+    ["-W", "512", "-H", "512", "--vae-tiling", "--vae-tile-size", "16"],
+], ids=["edit", "tiles"])  # fmt: skip
+def test_the_peak_is_predicted(files: dict[str, Path], in_folder: Path, more: list[str]) -> None:
+    """With references as large as they really are, which tower and autoencoder want the most for; and of tiles."""
+    command = [sys.executable, "-m", "studio.cli", "generate", "a red circle", *more, *options(files), "--steps", "1",
+               "-t", "1", "--cfg-scale", "1", "--report", "r.json"]  # fmt: skip
     root = str(Path(__file__).parent.parent)
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=os.environ | {"PYTHONPATH": root})
     report = json.loads(Path("r.json").read_text())

@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -30,7 +29,7 @@ from ..prediction import Phase, all_spans
 from ..preview import Mode
 from ..rng import RNG
 from ..sampler import find_sampler
-from ..step_cache import Blocks, Cut
+from ..step_cache import Blocks, Cut, StepCache
 from ..tokenizer import Tokenizer
 from . import prompt as prompts
 from . import references
@@ -370,7 +369,7 @@ class QwenImagePipeline(Pipeline):
         self, prompt: str, *, negative_prompt: str = "", height: int | None = None, width: int | None = None,
         cfg_scale: float | None = None, method: str = "euler", num_images_per_prompt: int = 1,
         encode_image: bool = False, reference_images: Sequence[Path | Image.Image] = (), layers: int | None = None,
-        preview: Mode | None = None,
+        preview: Mode | None = None, cache: StepCache | None = None,
     ) -> list[Phase]:  # fmt: skip
         pictures = [self._read_reference(source) for source in reference_images]
         width, height = self._size(width, height, pictures)
@@ -408,13 +407,9 @@ class QwenImagePipeline(Pipeline):
         found.append(Phase.of("modulation", dit.modulation_graph(at, net.TIMES_AT_ONCE), spans, extra=held))
         n_patches = n_frames * math.prod(target)
         n_others = sum(wide // 16 * (high // 16) for wide, high in others)
-        picture_phases = [
-            Phase.of("steps", dit.step_graph(at, n_patches, n, n_others), spans, stays=True, extra=held)
-            for n in ([lengths] if self.cfg_batch is True else [[n] for n in dict.fromkeys(lengths)])
-        ]
+        picture_phases = self._step_phases(lengths, cache, spans, lambda n: (n_patches, n, n_others), extra=held)
         picture_phases += self._decoder_phases(width, height, spans, preview)
-        again = [replace(phase, buffer=0, stays=False) if phase.stays else phase for phase in picture_phases]
-        return found + picture_phases + (again if num_images_per_prompt > 1 else [])
+        return self._all_phases(found, picture_phases, num_images_per_prompt)
 
 
 def _sides(picture: Pixels) -> tuple[int, int]:

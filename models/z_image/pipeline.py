@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -34,7 +33,7 @@ from ..preview import Mode
 from ..qwen3 import Qwen3
 from ..rng import RNG
 from ..sampler import find_sampler
-from ..step_cache import Blocks, Cut
+from ..step_cache import Blocks, Cut, StepCache
 from ..tokenizer import TEMPLATE, Tokenizer
 from . import transformer as net
 from .components import open_autoencoder, open_text_encoder, open_transformer
@@ -210,7 +209,7 @@ class ZImagePipeline(Pipeline):
         self, prompt: str, *, negative_prompt: str = "", height: int | None = None, width: int | None = None,
         cfg_scale: float | None = None, method: str = "euler", num_images_per_prompt: int = 1,
         encode_image: bool = False, reference_images: Sequence[Path | Image.Image] = (), layers: int | None = None,
-        preview: Mode | None = None,
+        preview: Mode | None = None, cache: StepCache | None = None,
     ) -> list[Phase]:  # fmt: skip
         if reference_images or layers is not None:
             raise ValueError("this model edits no pictures and makes no layers")
@@ -221,21 +220,14 @@ class ZImagePipeline(Pipeline):
         spans = all_spans([component.weights for component in self.components()])
         ids = [self._tokens(text)[0] for text in ([prompt, negative_prompt] if guided else [prompt])]
         lengths = [*map(len, ids)]
-        h, w = height // SIZE_MULTIPLE, width // SIZE_MULTIPLE
-        n_patches = -(-h // net.PATCH) * -(-w // net.PATCH)
+        n_patches = -(-height // SIZE_MULTIPLE // net.PATCH) * -(-width // SIZE_MULTIPLE // net.PATCH)
         dit: ZImageTransformer = self.transformer.module
         encoder_graph = partial(self.text_encoder.module.graph, self.text_encoder.backend)
         found = [Phase.of("text encoder", encoder_graph(len(x)), spans, n_rows=len(set(x))) for x in ids]
         if encode_image:
             graph = self.vae.module.encoder_graph(self.vae.backend, height, width)
-            pixels = 16 * height * width  # bytes: three floats, and whether each is finite
-            found.append(Phase.of("image encoder", graph, spans, extra=pixels))
+            found.append(Phase.of("image encoder", graph, spans, extra=16 * height * width))  # bytes, as the decoder's
         found += [Phase.of("caption refiner", dit.context_graph(self.transformer.backend, n), spans) for n in lengths]
-        n_contexts = [*map(net.padded, lengths)]
-        picture = [
-            Phase.of("steps", dit.step_graph(self.transformer.backend, n_patches, n), spans, stays=True)
-            for n in ([n_contexts] if self.cfg_batch is True else [[n] for n in dict.fromkeys(n_contexts)])
-        ]
+        picture = self._step_phases([*map(net.padded, lengths)], cache, spans, lambda n: (n_patches, n))
         picture += self._decoder_phases(width, height, spans, preview)
-        again = [replace(phase, buffer=0, stays=False) if phase.stays else phase for phase in picture]
-        return found + picture + (again if num_images_per_prompt > 1 else [])
+        return self._all_phases(found, picture, num_images_per_prompt)
