@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from .qwen_image import QwenImagePipeline
     from .z_image import ZImagePipeline
 
-__all__ = ["for_merging", "load", "pipeline_for"]
+__all__ = ["for_merging", "is_layered", "load", "pipeline_for"]
 
 
 def load(
@@ -31,18 +31,26 @@ def load(
 
 def pipeline_for(diffusion_model: str | os.PathLike[str]) -> type[ZImagePipeline] | type[QwenImagePipeline]:
     """The kind of pipeline that a diffusion model's file is for; only its header is read. LoadError as `load`."""
-    from loader.checkpoint import open_checkpoint
-    from loader.describe import describe
-
-    with open_checkpoint(diffusion_model) as checkpoint:
-        architecture = describe(checkpoint).architecture
-    if architecture in ("Qwen-Image", "Qwen-Image Layered"):
+    if _architecture(diffusion_model) in ("Qwen-Image", "Qwen-Image Layered"):
         from .qwen_image import QwenImagePipeline
 
         return QwenImagePipeline
     from .z_image import ZImagePipeline  # which says what is wrong with anything else
 
     return ZImagePipeline
+
+
+def is_layered(diffusion_model: str | os.PathLike[str]) -> bool:
+    """Whether a diffusion model takes pictures apart into layers; only its header is read. LoadError as `load`."""
+    return _architecture(diffusion_model) == "Qwen-Image Layered"
+
+
+def _architecture(diffusion_model: str | os.PathLike[str]) -> str:
+    from loader.checkpoint import open_checkpoint
+    from loader.describe import describe
+
+    with open_checkpoint(diffusion_model) as checkpoint:
+        return describe(checkpoint).architecture
 
 
 def for_merging(checkpoint: Checkpoint) -> tuple[Checkpoint, str, Naming]:

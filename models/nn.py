@@ -260,7 +260,9 @@ def side_by_side(parts: Sequence[Tensor], dim: int = 1) -> Tensor:
 
 def tokens(x: Tensor, start: int, n: int, dim: int = 1) -> Tensor:
     """`n` tokens from `start`, as a view; the last dimension, `dim`, counts them."""
-    return x if n == x.ne[dim] else ops.narrow(x, dim, start, n)
+    if n == x.ne[dim]:
+        return x
+    return ops.view(x, (*x.ne[:dim], n), x.nb[1 : dim + 1], start * x.nb[dim])  # a dense one where x is dense
 
 
 def split_heads(x: Tensor, i_part: int, n_heads: int, head_dim: int) -> Tensor:
@@ -290,18 +292,21 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, headr
     of n_kv_heads, consecutive heads sharing one; mask: f16, ne [n_tokens, n_tokens].
     Returns ne [head_dim * n_heads, n_tokens * n_batch].
     `headroom`: where v is rounded to f16, it is divided by this power of two, and the result multiplied.
+
+    One operation that never holds all scores, where the backend has one for these shapes and `flash_attention` is on.
     """
     head_dim, n_heads, n_tokens, n_batch = q.ne
-    if mask is None and head_dim % 32 == 0 and n_batch == 1 and on_cpu(q):
+    graph = q.ctx
+    assert isinstance(graph, Graph)
+    flash = graph.backend.flash_attention
+    if flash and mask is None and head_dim % 32 == 0 and n_batch == 1 and on_cpu(q):
         return ops.reshape(ops.attention(q, k, v, head_dim**-0.5), head_dim * n_heads, n_tokens)
     guarded = headroom != 1 and not on_cpu(q)
     if guarded:
         v = ops.scale(v, 1 / headroom)
     q, k, v = (ops.permute(t, 0, 2, 1, 3) for t in (q, k, v))  # ne [head_dim, n_tokens, n_heads]
-    graph = q.ctx
-    assert isinstance(graph, Graph)
     y = None
-    if graph.backend.flash_attention:
+    if flash:
         y = ops.flash_attn_ext(q, k, v, mask, scale=head_dim**-0.5, prec=_sums_in(q))
     if y is None or not graph.backend.supports(y):
         y = _plain_attention(q, k, v, mask)  # ne [head_dim, n_heads, n_tokens]

@@ -174,6 +174,23 @@ class Pipeline(ABC):
 
     # -- what a family of models says of itself -----------------------------------------------------------------------
 
+    @classmethod
+    def check_asked(
+        cls, *, n_pictures: int = 0, layers: int | None = None, starts: bool = False, layered: bool = False,
+        variant: str | None = None, compat: Compat = "diffusers",
+    ) -> None:  # fmt: skip
+        """ValueError for so many reference pictures, for layers, or for a picture to start from, `starts`, where the
+        model takes none such. `layered`, `variant`: which model of the family it is.
+        """
+        if n_pictures:
+            raise ValueError("this model edits no pictures: there is img2img, init_image (--init-img), for it")
+        if layers is not None:
+            raise ValueError("this model makes no layers")
+
+    def _note_prompt(self, prompt: str) -> None:
+        """Told before a prompt is encoded."""
+        return
+
     @abstractmethod
     def _features(self, prompt: str, pictures: Sequence[Pixels]) -> Float32:
         """What the text encoder makes of a prompt, and of pictures that belong to it: [n_tokens, dim]."""
@@ -226,7 +243,7 @@ class Pipeline(ABC):
 
     @abstractmethod
     def phases(
-        self, prompt: str, *, negative_prompt: str = "", height: int | None = None, width: int | None = None,
+        self, prompt: str, *, negative_prompt: str | None = "", height: int | None = None, width: int | None = None,
         cfg_scale: float | None = None, method: str = "euler", num_images_per_prompt: int = 1,
         encode_image: bool = False, reference_images: Sequence[Path | Image.Image] = (), layers: int | None = None,
         preview: Mode | None = None, cache: StepCache | None = None,
@@ -269,8 +286,6 @@ class Pipeline(ABC):
         return
 
     def _latent_shape(self, width: int, height: int, layers: int | None) -> tuple[int, ...]:
-        if layers is not None:
-            raise ValueError("this model makes no layers")
         return self.transformer.module.config.in_channels, height // SIZE_MULTIPLE, width // SIZE_MULTIPLE
 
     def _size(self, width: int | None, height: int | None, pictures: Sequence[Pixels]) -> tuple[int, int]:
@@ -278,7 +293,11 @@ class Pipeline(ABC):
         return self.default_size if width is None else width, self.default_size if height is None else height
 
     def _read_reference(self, source: Path | Image.Image) -> Pixels:
-        raise ValueError("this model edits no pictures: there is img2img, init_image, for it")
+        return image.read_image(source)
+
+    def _check_asked(self, n_pictures: int, layers: int | None, starts: bool = False) -> None:
+        """As `check_asked`, of this model."""
+        self.check_asked(n_pictures=n_pictures, layers=layers, starts=starts, compat=self.compat)
 
     def _references(self, pictures: Sequence[Pixels], width: int, height: int) -> list[Float32]:
         """Latents of the pictures that are edited."""
@@ -368,6 +387,7 @@ class Pipeline(ABC):
         self, width: int | None = None, height: int | None = None, reference_images: Sequence[Path | Image.Image] = ()
     ) -> tuple[int, int]:
         """Width and height of what a call with these arguments draws. ValueError as the call."""
+        self._check_asked(len(reference_images), None)
         return self._size(width, height, [self._read_reference(source) for source in reference_images])
 
     def _lightning(self, steps: int | None) -> tuple[int, str] | None:
@@ -518,7 +538,7 @@ class Pipeline(ABC):
 
     @_cancellable
     def __call__(
-        self, prompt: str, *, negative_prompt: str = "", height: int | None = None, width: int | None = None,
+        self, prompt: str, *, negative_prompt: str | None = "", height: int | None = None, width: int | None = None,
         num_inference_steps: int | None = None, cfg_scale: float | None = None, guidance_scale: float | None = None,
         true_cfg_scale: float | None = None, cfg_normalization: float | None = None,
         cfg_truncation: float | None = None, guidance: Guidance | None = None, sigmas: Sequence[float] | None = None,
@@ -538,7 +558,8 @@ class Pipeline(ABC):
         height, width: pixels, multiples of 8; a prompt or `prompt_embeds` float32 [n_tokens, dim]; `latents` float32
         [16, height/8, width/8] replace the noise. Guidance: `cfg_scale` is sd-cli's for every model, 1 is off; or
         diffusers' own: `guidance_scale` of Z-Image, 0 is off, with `cfg_normalization` and `cfg_truncation`, and
-        `true_cfg_scale` of Qwen-Image, 1 is off; or any `guidance` of models.guidance.
+        `true_cfg_scale` of Qwen-Image, 1 is off; or any `guidance` of models.guidance. Without `negative_prompt`, None
+        or "", guidance is away from an empty one, where diffusers' Qwen-Image pipelines use none.
 
         `sigmas`: the noise levels before the shift, as in diffusers; `scheduler`: a name of models.schedule.
         `lightning`: the model is a Lightning one of so many steps: they, no guidance and the schedule "lightning" are
@@ -558,6 +579,7 @@ class Pipeline(ABC):
         Raises ValueError for a bad argument, Cancelled after cancel(), NonFinite instead of a blank picture.
         """
         # 1. what is asked for
+        self._check_asked(len(reference_images), layers, init_image is not None)
         pictures = [self._read_reference(source) for source in reference_images]
         width, height = self._size(width, height, pictures)
         check_size(width, height)
@@ -588,8 +610,6 @@ class Pipeline(ABC):
         levels = self._sigmas(steps, sigmas, scheduler, shift, method, width, height)
         pixels = mask = None
         if init_image is not None:
-            if len(shape) > 3:
-                raise ValueError("a model that makes layers starts from no picture: give it as a reference")
             if strength is None:
                 usual = self.default_strength[mask_image is not None]
                 strength = SD_CPP_STRENGTH if self.compat == "sd.cpp" else usual
@@ -617,10 +637,12 @@ class Pipeline(ABC):
         with report.phase("text_encoder"), self.text_encoder.kept():
             report.prompt_cached = prompt_embeds is None and self._prompt_key(prompt, pictures) in self._prompts
             tell("text encoder", 0, 1)
+            if prompt_embeds is None:
+                self._note_prompt(prompt)
             cond = self.encode(prompt, pictures) if prompt_embeds is None else self._conditioning(prompt_embeds)
             uncond = None
             if guided:
-                uncond = (self.encode(negative_prompt, pictures) if negative_prompt_embeds is None
+                uncond = (self.encode(negative_prompt or "", pictures) if negative_prompt_embeds is None
                           else self._conditioning(negative_prompt_embeds))  # fmt: skip
             tell("text encoder", 1, 1)
 

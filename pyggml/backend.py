@@ -206,7 +206,7 @@ class Backend(Handle):
     GGMLError when the device cannot be opened.
     """
 
-    flash_attention = True  # for who builds graphs: attention as one operation, where the device has it
+    flash_attention = True  # for who builds graphs: attention as one operation, where there is one for the device
 
     def __init__(self, device: Device, n_threads: int | None = None) -> None:
         ptr = _open(device)

@@ -161,6 +161,8 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     running.add_argument("--preview-interval", type=int, default=1, metavar="N", help="after every N steps (1)")
     running.add_argument("--cfg-batch", choices=("auto", "on", "off"), default="auto",
                          help="both predictions of guidance in one graph: where weights are read in each step")
+    running.add_argument("--flash-attention", "--fa", "--diffusion-fa", action=argparse.BooleanOptionalAction,
+                         default=True, help="attention as one operation, where there is one (on): --no-fa for none")
     running.add_argument("--vae-tiling", action="store_true", help="decode in tiles, as is done when memory is short")
     running.add_argument("--vae-tile-size", metavar="XxY", help="of a tile, in latent pixels, 8 to a side (32x32)")
     running.add_argument("--vae-tile-overlap", type=float, metavar="X", help="sd-cli's; our tiles need none")

@@ -43,6 +43,10 @@ def generate(args: argparse.Namespace) -> int:
     wanted_loras = loras.find_all(tags, args.lora, args.lora_model_dir)
     _set_lightning(args, family, wanted_loras)
     of_family = _of_family(args, family)
+    family.check_asked(
+        n_pictures=len(args.ref_image), layers=args.layers, starts=args.init_img is not None,
+        layered=models.is_layered(files[0]), variant=of_family.get("variant"), compat=args.compat,
+    )  # fmt: skip
     options = _load_options(args)
     backend, params_backend = _devices(args)
     outputs = _outputs(args.output, args.batch_count)
@@ -75,7 +79,7 @@ def generate(args: argparse.Namespace) -> int:
         "reference_images": args.ref_image, "layers": args.layers,
     }  # fmt: skip
     if args.dry_run:
-        _show_plan(args, prompt, files, load, shape, controls, wanted_loras, tile if args.vae_tiling else None)
+        _show_plan(args, prompt, files, load, shape, controls, wanted_loras, tile)
         return 0
 
     start = time.perf_counter()
@@ -100,9 +104,7 @@ def generate(args: argparse.Namespace) -> int:
 
         with pipe:
             pipe.find_bad_op = args.find_bad_op
-            pipe.smaller_vae_tile = tile
-            pipe.cfg_batch = {"on": True, "off": False}.get(args.cfg_batch, "auto")
-            pipe.vae_tile = tile if args.vae_tiling else None
+            _set_up(pipe, args, tile)
             if wanted_loras:
                 reports = pipe.set_loras(wanted_loras, progress=bars)
                 before["lora"] = time.perf_counter() - start - loaded
@@ -128,6 +130,15 @@ def generate(args: argparse.Namespace) -> int:
     return 0
 
 
+def _set_up(pipe: Any, args: argparse.Namespace, tile: tuple[int, int]) -> None:
+    """What decides of the graphs that a pipeline builds."""
+    pipe.smaller_vae_tile = tile
+    pipe.vae_tile = tile if args.vae_tiling else None
+    pipe.cfg_batch = {"on": True, "off": False}.get(args.cfg_batch, "auto")
+    for component in pipe.components():
+        component.backend.flash_attention = args.flash_attention
+
+
 def _warn_of_keys(reports: Sequence[LoraReport], args: argparse.Namespace) -> None:
     for report in reports:
         if (report.unknown or report.warnings) and not args.verbose:  # else the log says it
@@ -147,7 +158,7 @@ def _predict(
 
 def _show_plan(
     args: argparse.Namespace, prompt: str, files: Sequence[str], load: Mapping[str, Any], shape: Mapping[str, Any],
-    controls: Mapping[str, Any], wanted_loras: Sequence[tuple[str, float]], tile: tuple[int, int] | None,
+    controls: Mapping[str, Any], wanted_loras: Sequence[tuple[str, float]], tile: tuple[int, int],
 ) -> None:  # fmt: skip
     import models
     from models.prediction import stand_in
@@ -155,7 +166,7 @@ def _show_plan(
     from . import plan
 
     with models.load(*files, **load, load=stand_in) as pipe:
-        pipe.vae_tile = tile
+        _set_up(pipe, args, tile)
         if wanted_loras:
             _warn_of_keys(pipe.set_loras(wanted_loras), args)
         side = pipe.size(*(shape[name] for name in ("width", "height", "reference_images")))
@@ -230,8 +241,6 @@ def _of_family(args: argparse.Namespace, family: Any) -> dict[str, Any]:
     found = {key: value for key, value in found.items() if value is not None}
     if found and not family.edits:
         raise ValueError("--llm-vision, --edit-model, --model-args and --grid-positions are for Qwen-Image")
-    if args.ref_image and not family.edits:
-        raise ValueError("--ref-image: this model edits no pictures; --init-img starts from one")
     return found
 
 

@@ -66,6 +66,18 @@ def test_plain_apg_is_cfg_and_cfg_zero_stands_still_first(pipe: Pipeline) -> Non
         pipe("a cat", **RUN, guidance=CFGZero(3.0), cfg_scale=2.0)
 
 
+def test_no_negative_prompt_is_an_empty_one(pipe: Pipeline) -> None:
+    """None, "" and nothing given: guided all the same."""
+    drawn = [pipe("a cat", **RUN, cfg_scale=3.0, **more).images[0] for more in
+             ({}, {"negative_prompt": ""}, {"negative_prompt": None}, {"negative_prompt": "a dog"})]  # fmt: skip
+    np.testing.assert_array_equal(drawn[0], drawn[1])
+    np.testing.assert_array_equal(drawn[0], drawn[2])
+    assert np.abs(drawn[0] - drawn[3]).max() > 1e-3
+    assert np.abs(drawn[0] - pipe("a cat", **RUN, cfg_scale=1.0, negative_prompt=None).images[0]).max() > 1e-3
+    size = {"width": 32, "height": 32, "cfg_scale": 3.0}
+    assert pipe.phases("a cat", **size, negative_prompt=None) == pipe.phases("a cat", **size)
+
+
 def test_guidance_on_the_command_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -298,6 +298,20 @@ def test_layers(pipes: Mapping[str, QwenImagePipeline]) -> None:
     assert latents.shape == (2, 16, 8, 8)
 
 
+def test_layers_of_a_picture_that_no_prompt_describes(
+    pipes: Mapping[str, QwenImagePipeline], caplog: pytest.LogCaptureFixture
+) -> None:
+    run = {"reference_images": [picture()], "num_inference_steps": 1, "cfg_scale": 2.0, "layers": 1}
+    pipes["layered"]("a red circle", **run)  # with an empty negative one
+    assert "prompt is empty" not in caplog.text
+    pipes["layered"]("  ", **run, num_images_per_prompt=2)
+    assert [r.levelname for r in caplog.records if r.message.startswith("the prompt is empty: say what is in the")] == [
+        "WARNING"
+    ]
+    pipes["2509"]("", **SMALL)
+    assert caplog.text.count("prompt is empty") == 1
+
+
 def test_explicit_sigmas_are_shifted_as_the_model_wants(pipes: Mapping[str, QwenImagePipeline]) -> None:
     for name, settings in (("text", "2509"), ("layered", "layered")):
         run, sigmas = arguments(name), RECORDED[f"{name}/sigmas"]
@@ -589,7 +603,7 @@ def test_what_is_another_models(
 ) -> None:
     z_image: list[str] = []  # the demo
     for argv, message in (
-        ([*z_image, "-r", "0.png"], "--ref-image: this model edits no pictures"),
+        ([*z_image, "-r", "0.png"], "this model edits no pictures: there is img2img"),
         ([*z_image, "--layers", "2"], "makes no layers"),
         ([*z_image, "--edit-model", "2509"], "are for Qwen-Image"),
         (options(layered_files), "give it as a reference image (-r)"),
@@ -597,6 +611,31 @@ def test_what_is_another_models(
     ):
         code, out, err = run(*SIZE, *argv, capsys=capsys)
         assert (code, out, len(err.splitlines())) == (2, "", 1) and message in err, err
+
+
+@pytest.mark.parametrize(("model", "argv", "message"), [
+    ("plain", ["--layers", "2"], "this model makes no layers"),
+    ("plain", ["-r", "0.png", *["-r", "1.png"] * 16], "this model takes 16 at most"),
+    ("plain", ["-r", "0.png", "-r", "1.png", "--edit-model", "edit"], "this model takes 1 at most"),
+    ("layered", [], "give it as a reference image (-r)"),
+    ("layered", ["-r", "0.png", "-r", "1.png"], "this model takes 1 at most"),
+    ("layered", ["-r", "0.png", "--layers", "17"], "layers must be in 1..16, not 17"),
+    ("layered", ["-r", "0.png", "-i", "0.png"], "starts from no picture"),
+    ("z_image", ["-r", "0.png"], "edits no pictures"), ("z_image", ["--layers", "2"], "makes no layers"),
+    ("z_image", ["--llm-vision", "0.png"], "are for Qwen-Image"),
+])  # fmt: skip
+@pytest.mark.parametrize("command", ["generate", "plan"])
+def test_what_a_model_does_not_take_is_refused_before_it_is_loaded(
+    files: dict[str, Path], layered_files: dict[str, Path], in_folder: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch, command: str, model: str, argv: list[str], message: str,
+) -> None:  # fmt: skip
+    """By the head of the diffusion model's file."""
+    monkeypatch.setattr(models, "load", None)
+    given = {"plain": options(files), "layered": options(layered_files), "z_image": []}[model]
+    size = [] if model == "layered" else SIZE[:4]
+    assert cli.main([command, "a red circle", *given, *size, *argv]) == 2
+    err = capsys.readouterr().err
+    assert len(err.splitlines()) == 1 and message in err, err
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is looked at by Linux's means")

@@ -199,15 +199,40 @@ class QwenImagePipeline(Pipeline):
     def _tower_area(self) -> int:
         return references.AUTOENCODER_AREA if self.variant == "edit" else references.TOWER_AREA
 
+    @classmethod
+    def check_asked(
+        cls, *, n_pictures: int = 0, layers: int | None = None, starts: bool = False, layered: bool = False,
+        variant: str | None = None, compat: Compat = "diffusers",
+    ) -> None:  # fmt: skip
+        most = 1 if layered or (variant == "edit" and compat == "diffusers") else MAX_PICTURES
+        if n_pictures > most:
+            raise ValueError(f"{n_pictures} reference pictures; this model takes {most} at most")
+        if layers is not None and not layered:
+            raise ValueError("this model makes no layers")
+        if layers is not None and not 1 <= layers <= MAX_LAYERS:
+            raise ValueError(f"layers must be in 1..{MAX_LAYERS}, not {layers}")
+        if layered and starts:
+            raise ValueError("a model that makes layers starts from no picture: give it as a reference (-r)")
+        if layered and not n_pictures:
+            raise ValueError("a layered model takes a picture apart: give it as a reference image (-r)")
+
+    def _check_asked(self, n_pictures: int, layers: int | None, starts: bool = False) -> None:
+        self.check_asked(
+            n_pictures=n_pictures, layers=layers, starts=starts, layered=self.layered, variant=self.variant,
+            compat=self.compat,
+        )  # fmt: skip
+
+    def _note_prompt(self, prompt: str) -> None:
+        if self.layered and not prompt.strip():
+            log.warning(
+                "the prompt is empty: say what is in the picture. diffusers lets the text encoder describe it then, "
+                "which is not done here, and layers come out worse"
+            )
+
     def _read_reference(self, source: Path | Image.Image) -> Pixels:
         return image.read_image(source, alpha=self.layered)
 
     def _size(self, width: int | None, height: int | None, pictures: Sequence[Pixels]) -> tuple[int, int]:
-        most = 1 if self.layered or (self.variant == "edit" and self.compat == "diffusers") else MAX_PICTURES
-        if len(pictures) > most:
-            raise ValueError(f"{len(pictures)} reference pictures; this model takes {most} at most")
-        if self.layered and not pictures:
-            raise ValueError("a layered model takes a picture apart: give it as a reference image (-r)")
         if not pictures:
             return super()._size(width, height, pictures)
         # as large as the last picture, in proportion: what diffusers does
@@ -231,11 +256,8 @@ class QwenImagePipeline(Pipeline):
     def _latent_shape(self, width: int, height: int, layers: int | None) -> tuple[int, ...]:
         shape = super()._latent_shape(width, height, None)
         if not self.layered:
-            return super()._latent_shape(width, height, layers)
-        layers = self.default_layers if layers is None else layers
-        if not 1 <= layers <= MAX_LAYERS:
-            raise ValueError(f"layers must be in 1..{MAX_LAYERS}, not {layers}")
-        return layers + 1, *shape  # the first is the whole picture again
+            return shape
+        return (self.default_layers if layers is None else layers) + 1, *shape  # the first is the whole picture again
 
     def _pictures(self, latents: Float32) -> Pixels | list[Pixels]:
         if latents.ndim == 3:
@@ -366,11 +388,12 @@ class QwenImagePipeline(Pipeline):
     # -- before anything is computed ----------------------------------------------------------------------------------
 
     def phases(
-        self, prompt: str, *, negative_prompt: str = "", height: int | None = None, width: int | None = None,
+        self, prompt: str, *, negative_prompt: str | None = "", height: int | None = None, width: int | None = None,
         cfg_scale: float | None = None, method: str = "euler", num_images_per_prompt: int = 1,
         encode_image: bool = False, reference_images: Sequence[Path | Image.Image] = (), layers: int | None = None,
         preview: Mode | None = None, cache: StepCache | None = None,
     ) -> list[Phase]:  # fmt: skip
+        self._check_asked(len(reference_images), layers, encode_image)
         pictures = [self._read_reference(source) for source in reference_images]
         width, height = self._size(width, height, pictures)
         check_size(width, height)
@@ -392,7 +415,7 @@ class QwenImagePipeline(Pipeline):
                 graph = self.vision.module.graph(self.vision.backend, self.vision.module.layout(*grid))
                 found.append(Phase.of("vision tower", graph, spans))
         lengths = []
-        for text in [prompt, negative_prompt] if guided else [prompt]:
+        for text in [prompt, negative_prompt or ""] if guided else [prompt]:
             ids, n_dropped, weights = self._tokens(text, n_rows, edit=self._is_edit(pictures))
             dropped = 0 if weights else n_dropped
             graph = self.text_encoder.module.graph(self.text_encoder.backend, len(ids), sum(n_rows), dropped)

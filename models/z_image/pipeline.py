@@ -206,19 +206,18 @@ class ZImagePipeline(Pipeline):
     # -- before anything is computed ----------------------------------------------------------------------------------
 
     def phases(
-        self, prompt: str, *, negative_prompt: str = "", height: int | None = None, width: int | None = None,
+        self, prompt: str, *, negative_prompt: str | None = "", height: int | None = None, width: int | None = None,
         cfg_scale: float | None = None, method: str = "euler", num_images_per_prompt: int = 1,
         encode_image: bool = False, reference_images: Sequence[Path | Image.Image] = (), layers: int | None = None,
         preview: Mode | None = None, cache: StepCache | None = None,
     ) -> list[Phase]:  # fmt: skip
-        if reference_images or layers is not None:
-            raise ValueError("this model edits no pictures and makes no layers")
+        self._check_asked(len(reference_images), layers, encode_image)
         width = self.default_size if width is None else width
         height = self.default_size if height is None else height
         check_size(width, height)
         guided = self._guidance(cfg_scale) is not None or find_sampler(method).both
         spans = all_spans([component.weights for component in self.components()])
-        ids = [self._tokens(text)[0] for text in ([prompt, negative_prompt] if guided else [prompt])]
+        ids = [self._tokens(text)[0] for text in ([prompt, negative_prompt or ""] if guided else [prompt])]
         lengths = [*map(len, ids)]
         n_patches = -(-height // SIZE_MULTIPLE // net.PATCH) * -(-width // SIZE_MULTIPLE // net.PATCH)
         dit: ZImageTransformer = self.transformer.module
