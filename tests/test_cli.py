@@ -118,6 +118,10 @@ def test_every_option_in_sd_clis_spelling_reaches_the_pipeline(
         default_cfg_scale = 1.0
         edits = False
         has_lightning = True
+        check_asked = staticmethod(lambda **asked: called.update(asked=asked))
+
+        def components(self) -> tuple[Any, ...]:
+            return ()
 
         def __call__(self, prompt: str, **options: Any) -> Any:
             called.update(options, prompt=prompt)
@@ -135,6 +139,7 @@ def test_every_option_in_sd_clis_spelling_reaches_the_pipeline(
 
     monkeypatch.setattr(models, "load", load)
     monkeypatch.setattr(models, "pipeline_for", lambda file: Pipe)
+    monkeypatch.setattr(models, "is_layered", lambda file: False)
     Image.new("RGB", (64, 64), "red").save("start.png")
     code, _, err = run(
         "generate", "-p", "p", "--negative-prompt", "n", "--diffusion-model", "d", "--llm", "l", "--vae", "v",
@@ -155,7 +160,9 @@ def test_every_option_in_sd_clis_spelling_reaches_the_pipeline(
         "sigmas": [1.0, 0.5, 0.0], "scheduler": None, "shift": 4.0, "method": "euler_a",
         "eta": 0.5, "seed": 5, "num_images_per_prompt": 2, "rng": "cuda", "init_image": "start.png", "strength": 0.9,
         "output_type": "np", "closed": True, "lora_apply_mode": "at_runtime", "memory_limit": 6 << 30,
-        "max_vram": 4 << 30, "lightning": 0,
+        "max_vram": 4 << 30, "lightning": 0, "asked": {
+            "n_pictures": 0, "layers": None, "starts": True, "layered": False, "variant": None, "compat": "sd.cpp"
+        },
     }  # fmt: skip
     run("generate", "p", "-t", "-1", "--steps", "3", "--scheduler", "karras", "--sigmas", "", capsys=capsys)
     assert called["n_threads"] is None and called["scheduler"] == "karras" and called["num_inference_steps"] == 3

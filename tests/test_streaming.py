@@ -27,6 +27,7 @@ from tiny_models import golden, write_tiny_models, write_tiny_qwen
 import models
 from loader import LoadError, Param, load_params, open_checkpoint
 from loader.upload import Uploader
+from models import streaming
 from models.component import Component
 from models.devices import Place, places
 from models.pipeline import Pipeline
@@ -36,6 +37,7 @@ from models.step_cache import DBCache
 from models.streaming import Piece, Stream, Use, _Feeder, arrange
 from models.z_image import ZImagePipeline
 from pyggml import Backend, Cancelled, Device, Graph, OutOfMemory, SplitBackend, Tensor, ops
+from pyggml.lib import ffi
 from studio.cli import main
 
 # Guidance: two graphs in turn, which find each weight at the same address.
@@ -233,6 +235,22 @@ def test_the_order_of_uploads(tight: Any, monkeypatch: pytest.MonkeyPatch) -> No
     assert len(passes) == 5 and overlaps > 10
 
 
+def test_weights_of_a_piece_are_read_as_they_lie_in_the_file(tight: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe, expected = tight
+    read: list[list[int]] = []
+    upload, bytes_of = Stream.upload, streaming.bytes_of
+
+    def watched(self: Stream, piece: Piece, is_stopped: Any) -> bool:
+        read.append([])
+        return upload(self, piece, is_stopped)
+
+    monkeypatch.setattr(Stream, "upload", watched)
+    monkeypatch.setattr(streaming, "bytes_of", lambda t: read[-1].append(streaming.address_of(t)) or bytes_of(t))
+    np.testing.assert_array_equal(pipe("a red circle", **SMALL).images[0], expected)
+    assert max(map(len, read)) > 1
+    assert all(addresses == sorted(addresses) for addresses in read)
+
+
 @pytest.mark.parametrize("error", [OutOfMemory("the device took it away"), RuntimeError("a bug")])
 def test_failures_of_uploads_reach_the_caller(
     tight: Any, error: Exception, monkeypatch: pytest.MonkeyPatch
@@ -369,6 +387,11 @@ def test_views_of_weights_follow_them(device: Backend, tmp_path: Path) -> None:
         for share in (6, 4, 3, 6, 4):
             stream.limit = compute + share * side * side * 4
             stream.prepare(graph)
+            for node in graph.nodes:  # what lies where they were may still be the same
+                for source in (node.ptr, *node.ptr.src):
+                    if source != ffi.NULL and source.view_src != ffi.NULL:
+                        there = ffi.cast("char *", source.view_src.data) + source.view_offs
+                        assert ffi.cast("char *", source.data) == there and source.buffer == source.view_src.buffer
             graph.set(x=x)
             stream.run(graph)
             np.testing.assert_allclose(graph.outputs["y"].numpy(), expected, rtol=1e-4, atol=1e-5)
