@@ -180,9 +180,9 @@ class Conv2d(Module):
     the picture is the last and those before it are empty.
     """
 
-    def __init__(self, n_in: int, n_out: int, stride: int = 1, n_frames: int = 1) -> None:
+    def __init__(self, n_in: int, n_out: int, stride: int = 1, n_frames: int = 1, bias: bool = True) -> None:
         self.weight = Param((3, 3, n_in, n_out) if n_frames == 1 else (3, 3, n_frames, n_in * n_out))
-        self.bias = Param((n_out,), Type.F32)
+        self.bias = Param((n_out,), Type.F32) if bias else None
         self.stride = stride
         self.n_frames = n_frames
 
@@ -197,7 +197,7 @@ class Conv2d(Module):
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         w = self._kernel(x)
         if self.stride == 1 and on_cpu(x):
-            return ops.conv_2d_3x3(w, x, self.bias.tensor, residual)
+            return ops.conv_2d_3x3(w, x, None if self.bias is None else self.bias.tensor, residual)
         pad = 1
         if self.stride == 2:
             x, pad = ops.pad(x, 1, 1), 0
@@ -206,20 +206,23 @@ class Conv2d(Module):
         width, height = columns.ne[1:3]
         kernel = ops.reshape(ops.cast(graph_use(x, w), Type.F32), -1, w.ne[3])  # ne [9 * n_in, n_out]
         y = ops.mul_mat(ops.reshape(columns, -1, width * height), kernel, prec=_sums_in(x))  # ne [pixels, n_out]
-        y = ops.add(ops.reshape(y, width, height, -1), _channels(x, self.bias))
+        y = ops.reshape(y, width, height, -1)
+        if self.bias is not None:
+            y = ops.add(y, _channels(x, self.bias))
         return y if residual is None else ops.add(y, residual)
 
 
 class PixelLinear(Module):
     """A linear layer on the channels of each pixel; a file may store its weight as a 1x1 convolution."""
 
-    def __init__(self, n_in: int, n_out: int) -> None:
+    def __init__(self, n_in: int, n_out: int, bias: bool = True) -> None:
         self.weight = Param((n_in, n_out))
-        self.bias = Param((n_out,), Type.F32)
+        self.bias = Param((n_out,), Type.F32) if bias else None
 
     def tokens(self, x: Tensor) -> Tensor:
         """x: ne [n_in, n_pixels] to ne [n_out, n_pixels]."""
-        return ops.add(linear(self.weight.tensor, x), self.bias.tensor)
+        y = linear(self.weight.tensor, x)
+        return y if self.bias is None else ops.add(y, self.bias.tensor)
 
     def __call__(self, x: Tensor) -> Tensor:
         """x: ne [width, height, n_in] to ne [width, height, n_out]."""

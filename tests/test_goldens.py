@@ -12,7 +12,7 @@ import pytest
 
 GOLDEN = Path(__file__).parent / "golden"
 NAMES = (
-    "z_image_transformer", "qwen3", "autoencoder_kl", "qwen_image_transformer", "qwen25_vl",
+    "z_image_transformer", "qwen3", "autoencoder_kl", "autoencoder_tiny", "qwen_image_transformer", "qwen25_vl",
     "autoencoder_qwen", "schedules", "qwen_schedules", "qwen_references", "noise", "pipeline",
     "qwen_pipeline",
 )  # fmt: skip

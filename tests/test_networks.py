@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -13,9 +14,11 @@ import pytest
 from safetensors.numpy import save_file
 
 from loader.checkpoint import Checkpoint, open_checkpoint
+from loader.errors import LoadError
 from loader.params import load_params
-from models import autoencoder_kl, qwen3
+from models import autoencoder_kl, autoencoder_tiny, qwen3
 from models.autoencoder_kl import AutoencoderConfig, AutoencoderKL
+from models.autoencoder_tiny import TinyAutoencoder, TinyConfig
 from models.qwen3 import Qwen3, Qwen3Config
 from models.z_image import transformer as net
 from models.z_image.transformer import ZImageConfig, ZImageTransformer
@@ -131,3 +134,38 @@ def test_autoencoder(backend: Backend, tmp_path: Path, names: str) -> None:
         mean, deviation = module.encode(backend, (arrays["pixels"] + 1) / 2)
         close_to(mean, arrays["mean"])
         close_to(2 * np.log(deviation), np.clip(arrays["logvar"], -30, 20))
+
+
+def tiny(folder: Path, kind: str, names: str = "as made", changed: Mapping[str, Any] | None = None) -> Checkpoint:
+    """The golden's tiny autoencoder as a file; `names`: as made, original, or those of a file with the decoder alone."""
+    arrays = golden("autoencoder_tiny")
+    prefix = f"{kind}/weights/"
+    tensors = {k.removeprefix(prefix): np.ascontiguousarray(arrays[k]) for k in arrays if k.startswith(prefix)}
+    if names != "as made":
+        tensors = {re.sub(r"^decoder\.layers\.(\d+)", lambda m: f"decoder.{int(m[1]) + 1}", k): v
+                   for k, v in tensors.items() if k.startswith("decoder.")}  # fmt: skip
+    if names == "alone":
+        tensors = {k.removeprefix("decoder."): v for k, v in tensors.items()}
+    save_file(tensors | dict(changed or {}), folder / "tiny.safetensors")
+    return open_checkpoint(folder / "tiny.safetensors").renamed(autoencoder_tiny.RENAMES)
+
+
+@pytest.mark.parametrize("names", ["as made", "original", "alone"])
+@pytest.mark.parametrize("kind", ["taesd", "taehv"])
+def test_tiny_autoencoders(backend: Backend, tmp_path: Path, kind: str, names: str) -> None:
+    arrays, checkpoint = golden("autoencoder_tiny"), tiny(tmp_path, kind, names)
+    module = TinyAutoencoder(TinyConfig.from_checkpoint(checkpoint))
+    with load_params(module.params(), checkpoint, backend=backend, component="tae"):
+        latents = arrays[f"{kind}/latents"]
+        close_to(module.decode(backend, latents), arrays[f"{kind}/decoded"])
+        close_to(module.decode(backend, latents, tile=(2, 3)), arrays[f"{kind}/decoded"])
+
+
+def test_what_is_no_tiny_autoencoder_of_pictures(tmp_path: Path) -> None:
+    config = TinyConfig.from_checkpoint(tiny(tmp_path, "taehv"))
+    assert config == TinyConfig("TAEHV", (8, 8, 16, 24), 16, (1, 2, 2))
+    with pytest.raises(LoadError, match="it makes 12 channels, a picture has 3"):
+        TinyConfig.from_checkpoint(tiny(tmp_path, "taehv", changed={"decoder.22.bias": np.zeros(12, np.float32)}))
+    checkpoint = tiny(tmp_path, "taesd")
+    with pytest.raises(LoadError, match="no tiny autoencoder with a decoder"):
+        TinyConfig.from_checkpoint(checkpoint.renamed([("^decoder.1\\.", None)]))

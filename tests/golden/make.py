@@ -21,6 +21,8 @@ stores no weights: it runs the three models of the other files.
                               after the other), hidden_grid (positions of the grid)}
     autoencoder_qwen.npz      config, weights/<diffusers name>, {latents [16,h,w] (unscaled), decoded [3,H,W]} and
                               {pixels [3,H,W] in [-1,1], mean [16,h,w]}
+    autoencoder_tiny.npz      taesd/ and taehv/: weights/<name> (diffusers' names; the original ones), latents [16,h,w],
+                              decoded [3,H,W] in 0..1, not clipped
     schedules.npz             shift_<s>/<n>: the n+1 sigmas of the Z-Image pipelines
     qwen_schedules.npz        text/<patches>/<n>: the n+1 sigmas of the Qwen-Image pipelines; layered/<patches>/<n>
     qwen_references.npz       <case>/{picture [H,W,3] uint8, autoencoder [3,H',W'] in -1..1, tower [n,1176]}: what the
@@ -54,6 +56,7 @@ import torch
 from diffusers import (
     AutoencoderKL,
     AutoencoderKLQwenImage,
+    AutoencoderTiny,
     FlowMatchEulerDiscreteScheduler,
     QwenImageEditPipeline,
     QwenImageEditPlusPipeline,
@@ -79,6 +82,7 @@ from diffusers.pipelines.qwenimage.pipeline_qwenimage_edit_plus import calculate
 from diffusers.pipelines.z_image.pipeline_z_image import get_default_z_image_sigmas
 from PIL import Image
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from torch.nn import functional
 from transformers import (
     PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
@@ -297,6 +301,65 @@ def make_qwen_autoencoder(layered: bool = False) -> AutoencoderKLQwenImage:
     return model.eval()
 
 
+class TinyVideoDecoder(torch.nn.Module):
+    """TAEHV's decoder for Wan 2.1 as its author describes it: no package has it. All frames at once, none left out."""
+
+    def __init__(self, channels: tuple[int, ...] = (24, 16, 8, 8), n_frames: tuple[int, ...] = (1, 2, 2)) -> None:
+        super().__init__()
+        self.weights = torch.nn.ParameterDict()
+        self.n_out = 4  # frames made of one, of which the last is the picture of a single latent
+        self._add(1, 16, channels[0])
+        for level, (n, n_next) in enumerate(zip(channels, channels[1:], strict=False)):
+            first = 3 + 6 * level
+            for i in range(first, first + 3):
+                for j, n_in in ((0, 2 * n), (2, n), (4, n)):
+                    self._add(f"{i}.conv.{j}", n_in, n)
+            self._add(f"{first + 4}.conv", n, n * n_frames[level], size=1, bias=False)
+            self._add(f"{first + 5}", n, n_next, bias=False)
+        self._add(22, channels[-1], 3)
+
+    def _add(self, name: object, n_in: int, n_out: int, size: int = 3, bias: bool = True) -> None:
+        self.weights[f"{name}/weight".replace(".", "-")] = torch.nn.Parameter(torch.zeros(n_out, n_in, size, size))
+        if bias:
+            self.weights[f"{name}/bias".replace(".", "-")] = torch.nn.Parameter(torch.zeros(n_out))
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return {"decoder." + k.replace("/", ".").replace("-", "."): p.data for k, p in self.weights.items()}
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Latents [n, 16, h, w] of the frames of a video to its pictures [4 n - 3, 3, 8 h, 8 w]."""
+        w = self.tensors()
+
+        def conv(name: str, x: torch.Tensor) -> torch.Tensor:
+            kernel = w[f"decoder.{name}.weight"]
+            return functional.conv2d(x, kernel, w.get(f"decoder.{name}.bias"), padding=kernel.shape[-1] // 2)
+
+        x = conv("1", 3 * torch.tanh(x / 3)).relu()
+        for first in (3, 9, 15):
+            for i in range(first, first + 3):
+                before = torch.cat([torch.zeros_like(x[:1]), x[:-1]])
+                h = conv(f"{i}.conv.0", torch.cat([x, before], dim=1)).relu()
+                x = (x + conv(f"{i}.conv.4", conv(f"{i}.conv.2", h).relu())).relu()
+            x = functional.interpolate(x, scale_factor=2)
+            grown = conv(f"{first + 4}.conv", x)
+            x = conv(f"{first + 5}", grown.reshape(-1, *x.shape[1:]))
+        return conv("22", x.relu())[self.n_out - 1 :]
+
+
+def make_tiny_autoencoder() -> AutoencoderTiny:
+    model = AutoencoderTiny(
+        latent_channels=16, encoder_block_out_channels=(4, 4, 4, 4), decoder_block_out_channels=(16, 16, 16, 16)
+    )
+    randomize(model, seed=10, levels=1.5)
+    return model.eval()
+
+
+def make_tiny_video_decoder() -> TinyVideoDecoder:
+    model = TinyVideoDecoder()
+    randomize(model, seed=11, levels=1.5)
+    return model.eval()
+
+
 def make_scheduler(shift: float) -> FlowMatchEulerDiscreteScheduler:
     return FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, use_dynamic_shifting=False, shift=shift)
 
@@ -480,6 +543,17 @@ def autoencoder_qwen() -> Arrays:
     mean = model.encode(pixels[None, :, None]).latent_dist.mean[0, :, 0]
     arrays = {"latents": latents, "decoded": blocks[0][0, :, 0], "pixels": pixels, "mean": mean}
     return out | {k: v.numpy() for k, v in arrays.items()}
+
+
+def autoencoder_tiny() -> Arrays:
+    image, video = make_tiny_autoencoder(), make_tiny_video_decoder()
+    latents = 2 * gaussian(110, 16, 5, 7)  # beyond 3 too, where they are bent
+    out = {f"taesd/weights/{name}": t.numpy() for name, t in image.state_dict().items()}
+    out |= {f"taehv/weights/{name}": t.numpy() for name, t in video.tensors().items()}
+    out["taesd/latents"] = out["taehv/latents"] = latents.numpy()
+    out["taesd/decoded"] = (image.decode(latents[None]).sample[0].numpy() + 1) / 2  # diffusers' are in -1..1
+    out["taehv/decoded"] = video(latents[None])[0].numpy()
+    return out
 
 
 def schedules() -> Arrays:
@@ -761,6 +835,7 @@ FILES = {
     "autoencoder_qwen": autoencoder_qwen,
     "qwen_image_transformer": qwen_image_transformer,
     "autoencoder_kl": autoencoder_kl,
+    "autoencoder_tiny": autoencoder_tiny,
     "schedules": schedules,
     "qwen_schedules": qwen_schedules,
     "qwen_references": qwen_references,
