@@ -18,8 +18,9 @@ from .gguf import GGUFArray
 from .mapped import TensorInfo
 
 Role: TypeAlias = Literal[
-    "diffusion model", "text encoder", "autoencoder", "vision tower", "lora", "several models", "unknown"
-]
+    "diffusion model", "text encoder", "autoencoder", "tiny autoencoder", "vision tower", "lora", "several models",
+    "unknown",
+]  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +41,7 @@ class Signature:
 _DIT: Final = "diffusion model"
 _TEXT: Final = "text encoder"
 _VAE: Final = "autoencoder"
+_TINY: Final = "tiny autoencoder"
 
 # Order matters within a role: the first that fits is taken.
 SIGNATURES: Final[tuple[Signature, ...]] = (
@@ -92,6 +94,11 @@ SIGNATURES: Final[tuple[Signature, ...]] = (
     Signature(_VAE, "Flux 2 autoencoder", ("decoder.conv_in.weight",), ne=(3, 3, 32, None)),
     Signature(_VAE, "Flux autoencoder", ("decoder.conv_in.weight", "decoder.mid.block_1.norm1.weight")),
     Signature(_VAE, "Flux autoencoder", ("decoder.conv_in.weight", "decoder.mid_block.resnets.0.norm1.weight")),
+    Signature(_TINY, "TAEHV", ("decoder.7.conv.weight", "decoder.3.conv.4.weight")),
+    Signature(_TINY, "TAEHV", ("7.conv.weight", "3.conv.4.weight")),
+    Signature(_TINY, "TAESD", ("decoder.layers.2.conv.4.weight", "decoder.layers.18.weight")),
+    Signature(_TINY, "TAESD", ("decoder.3.conv.4.weight", "decoder.19.weight")),
+    Signature(_TINY, "TAESD", ("3.conv.4.weight", "19.weight")),
     Signature("vision tower", "Qwen2.5-VL vision tower", ("v.patch_embd.weight", "mm.0.weight")),
     Signature(
         "vision tower",

@@ -17,9 +17,11 @@ __all__ = ["for_merging", "is_layered", "load", "pipeline_for"]
 
 
 def load(
-    diffusion_model: str | os.PathLike[str], llm: str | os.PathLike[str], vae: str | os.PathLike[str], **options: Any
-) -> Pipeline:
-    """The pipeline for three files or diffusers folders: diffusion model, text encoder, autoencoder.
+    diffusion_model: str | os.PathLike[str], llm: str | os.PathLike[str], vae: str | os.PathLike[str] | None = None,
+    **options: Any,
+) -> Pipeline:  # fmt: skip
+    """The pipeline for three files or diffusers folders: diffusion model, text encoder, autoencoder (or a tiny one, as
+    the option `tae`).
 
     Options are those of the pipeline's own `load`: `models.z_image.ZImagePipeline.load` has those that all share
     (backend, n_threads, options (a loader.LoadOptions), compat, encoder, ...), and

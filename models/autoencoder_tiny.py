@@ -159,6 +159,10 @@ class TinyAutoencoder(Module):
         graph.output(self._frames(latents, lambda operation, *frames, halo: operation(*frames)), name="picture")
         return graph
 
+    def tiled_bytes(self, height: int, width: int) -> int:
+        """Of the widest maps when a picture of that size is decoded in tiles."""
+        return 4 * 2 * self.config.channels[0] * height * width
+
     def decode(
         self, backend: Backend, latents: NDArray[np.float32], compute: Compute = Graph.compute,
         *, tile: tuple[int, int] | None = None,

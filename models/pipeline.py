@@ -26,6 +26,7 @@ from loader.lora import LoraReport
 from pyggml import Backend, Cancelled, Graph, NonFinite, OutOfMemory, SplitBackend
 
 from . import image, schedule, tiles
+from .autoencoder_tiny import Kind
 from .component import Component
 from .compute import first_bad_op
 from .guidance import Guidance
@@ -110,15 +111,21 @@ class Pipeline(ABC):
     has_lightning: ClassVar[bool] = False  # there are Lightning models of it, of 4 or 8 steps
     default_shift: ClassVar[float] = 3.0
     default_strength: ClassVar[tuple[float, float]] = 0.6, 0.6  # of img2img, and with a mask, as in diffusers
+    tiny: ClassVar[Kind]  # the kind of tiny autoencoder that there is for its latents
 
     def __init__(
-        self, text_encoder: Component, transformer: Component, vae: Component, tokenizer: Tokenizer, *,
-        compat: Compat = "diffusers", default_size: int = 1024, lora_apply_mode: ApplyMode = "auto",
-        memory_limit: int | None = None, opened: Sequence[Backend] = (),
+        self, text_encoder: Component, transformer: Component, vae: Component | None, tokenizer: Tokenizer, *,
+        tae: Component | None = None, tae_preview_only: bool = False, compat: Compat = "diffusers",
+        default_size: int = 1024, lora_apply_mode: ApplyMode = "auto", memory_limit: int | None = None,
+        opened: Sequence[Backend] = (),
     ) -> None:  # fmt: skip
+        decoder = vae if tae is None or tae_preview_only else tae
+        assert decoder is not None
         self.text_encoder = text_encoder
         self.transformer = transformer
         self.vae = vae
+        self.tae = tae
+        self.decoder = decoder  # what makes the pictures, one of these two
         self.tokenizer = tokenizer
         self.compat: Compat = compat
         self._opened = opened  # backends to close with it: what was given stays its giver's
@@ -150,7 +157,8 @@ class Pipeline(ABC):
 
     def components(self) -> tuple[Component, ...]:
         """All networks."""
-        return self.text_encoder, self.transformer, self.vae
+        decoders = [part for part in (self.vae, self.tae) if part is not None]
+        return self.text_encoder, self.transformer, *decoders
 
     def close(self) -> None:
         """Give back graphs, LoRAs, weights, mappings, and the backends that `load` opened."""
@@ -503,11 +511,17 @@ class Pipeline(ABC):
             raise NonFinite(f"the decoder made a picture of one colour, {result[0, 0].tolist()}: nothing was drawn")
         return result
 
-    def _decoded(self, latents: Float32, what: Literal["decode", "preview"] = "decode") -> Pixels:
-        compute = partial(self._compute, "the decoder" if what == "decode" else "the preview")
-        latents = np.asarray(latents, np.float32)
-        with self.vae.in_use() as vae:
-            return image.to_bytes(self._tiled(what, partial(vae.decode, self.vae.backend, latents, compute)))
+    def _decoded(self, latents: Float32, preview: Mode | None = None) -> Pixels:
+        """`preview`: decoded as one of that kind."""
+        what, stage = ("preview", "the preview") if preview else ("decode", "the decoder")
+        part, latents = self._decoder_for(preview), np.asarray(latents, np.float32)
+        with part.in_use() as network:
+            run = partial(network.decode, part.backend, latents, partial(self._compute, stage))
+            return image.to_bytes(self._tiled(what, run))
+
+    def _decoder_for(self, preview: Mode | None) -> Component:
+        """What decodes the pictures, or previews: the tiny autoencoder also finds a projection faster."""
+        return self.decoder if preview in (None, "vae") or self.tae is None else self.tae
 
     @_cancellable
     def encode_image(self, picture: Pixels, rng: RNG | None = None) -> Float32:
@@ -520,12 +534,17 @@ class Pipeline(ABC):
 
     def _encoded(self, picture: Pixels) -> Any:
         """What the autoencoder's encoder makes of a picture."""
-        module = self.vae.module
-        if module.encoder is None:
+        reader, compute, pixels = self._reader(), partial(self._compute, "the encoder"), image.to_float(picture)
+        with reader.in_use() as module:
+            return self._tiled("encode_image", partial(module.encode, reader.backend, pixels, compute))
+
+    def _reader(self) -> Component:
+        """The autoencoder with its encoder; ValueError when there is none."""
+        if self.vae is None:
+            raise ValueError("there is only a tiny autoencoder, which reads no pictures: load with a vae too (--vae)")
+        if self.vae.module.encoder is None:
             raise ValueError("the autoencoder was loaded without its encoder: load with encoder=True for img2img")
-        compute, pixels = partial(self._compute, "the encoder"), image.to_float(picture)
-        with self.vae.in_use():
-            return self._tiled("encode_image", partial(module.encode, self.vae.backend, pixels, compute))
+        return self.vae
 
     def _tiled(self, phase: str, run: Callable[..., T]) -> T:
         """run(tile=...) with such tiles as there is room for; remembers them."""
@@ -573,8 +592,9 @@ class Pipeline(ABC):
         picture is ready.
 
         on_preview(i, step, picture): after every `preview_interval` steps, what the step takes the clean picture to be,
-        uint8 [h, w, 3]; by a `preview` of "proj", a projection of its colours at an eighth of the size, or "vae", as
-        the picture is decoded at the end. What is drawn does not change, and the report has the seconds.
+        uint8 [h, w, 3]; by a `preview` of "proj", a projection of its colours at an eighth of the size, "tae", the tiny
+        autoencoder, or "vae", as the picture is decoded at the end. What is drawn does not change, and the report has
+        the seconds.
 
         Raises ValueError for a bad argument, Cancelled after cancel(), NonFinite instead of a blank picture.
         """
@@ -600,7 +620,7 @@ class Pipeline(ABC):
             raise ValueError(f"num_images_per_prompt must be in 1..1000, not {num_images_per_prompt}")
         if output_type not in ("pil", "np", "latent"):
             raise ValueError(f"output_type is 'pil', 'np' or 'latent', not {output_type!r}")
-        check_preview(preview, preview_interval)
+        check_preview(preview, preview_interval, self.tae is not None)
         if cache is not None:
             cache.check(self.transformer.module.config.n_layers)
         name = rng or ("cuda" if self.compat == "sd.cpp" else "cpu")
@@ -619,6 +639,8 @@ class Pipeline(ABC):
             if pixels is None:
                 raise ValueError("mask_image needs init_image, the picture of which a part is drawn anew")
             mask = latent_mask(image.read_mask(mask_image, width, height), SIZE_MULTIPLE, self.compat)
+        if pixels is not None or pictures:
+            self._reader()
         self._check_unchanged()
         self._tiles, self._stages = {}, {}
         self.residency.begin()
@@ -649,7 +671,7 @@ class Pipeline(ABC):
         # 3. the picture to start from, and those that are edited
         posterior, references = None, []
         if pixels is not None or pictures:
-            with report.phase("encode_image"), self.vae.kept():
+            with report.phase("encode_image"), self._reader().kept():
                 posterior = None if pixels is None else self._posterior(pixels)
                 references = self._references(pictures, width, height)
 
@@ -681,13 +703,13 @@ class Pipeline(ABC):
                 live = changed.get("latents")
                 return None if live is x else live
 
-            view = View(partial(self._decoded, what="preview"), preview)
+            view = View(partial(self._decoded, preview=preview), preview)
 
             def look(step: int, x0: Float32, i: int = i, clock: list[float] = clock, view: View = view) -> None:
                 if on_preview is None or (step + 1) % preview_interval:
                     return
                 start = time.perf_counter()
-                with self.vae.kept():
+                with self._decoder_for(preview).kept():
                     on_preview(i, step, view(x0))
                 report.previewed(time.perf_counter() - start)
                 clock[0] += report.preview_seconds[-1]  # no part of a step
@@ -847,12 +869,13 @@ class Pipeline(ABC):
             h, w = (SIDE, SIDE) if mode == "proj" else (height // SIZE_MULTIPLE, width // SIZE_MULTIPLE)
             n_pixels = SIZE_MULTIPLE**2 * h * w
             extra = 16 * n_pixels  # bytes: three floats, and whether each is finite
-            module, backend = self.vae.module, self.vae.backend
+            part = self._decoder_for(mode if name == "preview" else None)
             if self.vae_tile:  # and the widest layers of the whole picture in memory of our own
-                extra += module.tiled_bytes(SIZE_MULTIPLE * h, SIZE_MULTIPLE * w)
+                extra += part.module.tiled_bytes(SIZE_MULTIPLE * h, SIZE_MULTIPLE * w)
                 h, w = min(h, self.vae_tile[0]), min(w, self.vae_tile[1])
-            found.append(Phase.of(name, module.decoder_graph(backend, h, w), spans, extra=extra))
+            found.append(Phase.of(name, part.module.decoder_graph(part.backend, h, w), spans, extra=extra))
         return found
+
     def _stream(self, graph: Graph) -> Stream | None:
         """What the weights of a graph come by, if they come piece by piece."""
         return next(filter(None, (component.stream(graph) for component in self.components())), None)
@@ -867,6 +890,16 @@ class Pipeline(ABC):
                 raise LoadError(f"a file of weights changed while it was used: {changed}", kind="WeightsChanged")
         if changed := self.loras.file_changed():
             raise LoadError(f"a LoRA changed while it was used: {changed}", kind="WeightsChanged")
+
+
+def check_decoders(vae: Path | None, tae: Path | None, tae_preview_only: bool, encoder: bool) -> None:
+    """ValueError unless these files, as `load` takes them, make pictures, and read them with `encoder`."""
+    if vae is None and tae is None:
+        raise ValueError("what makes the pictures? Give an autoencoder, vae (--vae), or a tiny one, tae (--tae)")
+    if tae_preview_only and (vae is None or tae is None):
+        raise ValueError("a tiny autoencoder for previews only: give it as tae (--tae), and vae (--vae) for pictures")
+    if encoder and vae is None:
+        raise ValueError("a tiny autoencoder reads no pictures: give vae (--vae) beside it")
 
 
 def check_size(width: int, height: int) -> None:

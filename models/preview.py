@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 
 Float32 = NDArray[np.float32]
 Pixels = NDArray[np.uint8]
-Mode = Literal["proj", "vae"]
+Mode = Literal["proj", "tae", "vae"]
 # on_preview(i, step, picture): picture i as that step takes it to become, both from 0; uint8 [H, W, 3]
 Show = Callable[[int, int, Pixels], object]
 
-MODES: tuple[Mode, ...] = ("proj", "vae")
+MODES: tuple[Mode, ...] = ("proj", "tae", "vae")
 SIDE = 16  # latent pixels of a side of the pictures that a projection is found with
 _COLOUR, _N_PICTURES = 4, 4  # latent pixels of one colour along a side; how many pictures
 _OTHERWISE = 0.25  # share of variance in all directions: a first step knows few colours
@@ -76,9 +76,11 @@ class View:
         return self.projection(one)
 
 
-def check_preview(mode: str, interval: int) -> None:
-    """ValueError for a preview that cannot be."""
+def check_preview(mode: str, interval: int, has_tiny: bool) -> None:
+    """ValueError for a preview that cannot be. `has_tiny`: there is a tiny autoencoder."""
     if mode not in MODES:
-        raise ValueError(f"a preview is by {' or '.join(map(repr, MODES))}, not {mode!r}")
+        raise ValueError(f"a preview is by {', '.join(map(repr, MODES[:-1]))} or {MODES[-1]!r}, not {mode!r}")
+    if mode == "tae" and not has_tiny:
+        raise ValueError("a preview by 'tae' needs a tiny autoencoder: load with tae=FILE (--tae)")
     if interval < 1:
         raise ValueError(f"previews come every n steps, n at least 1, not {interval}")

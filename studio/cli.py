@@ -78,6 +78,9 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
                         help="Z-Image or Qwen-Image transformer: gguf, safetensors or a folder")  # fmt: skip
     models.add_argument("--llm", "--qwen2vl", metavar="FILE", help="text encoder: Qwen3, or Qwen2.5-VL for Qwen-Image")
     models.add_argument("--vae", metavar="FILE", help="autoencoder: Flux's, or Qwen-Image's")
+    models.add_argument("--tae", "--taesd", metavar="FILE",
+                        help="tiny autoencoder: fast and rough, in the place of --vae (docs/models.md)")  # fmt: skip
+    models.add_argument("--taesd-preview-only", action="store_true", help="--tae for --preview tae, pictures by --vae")
     models.add_argument("--llm-vision", "--llm_vision", "--qwen2vl_vision", metavar="FILE",
                         help="vision tower (mmproj) for editing, where the text encoder's file has none")  # fmt: skip
     models.add_argument("--edit-model", choices=("edit", "2509", "2511"),
@@ -155,7 +158,7 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     where.add_argument("--vae-on-cpu", action="store_true", help="vae=cpu")
     where.add_argument("--list-devices", action="store_true", help="print names and descriptions, and exit")
     running = parser.add_argument_group("running")
-    running.add_argument("--preview", choices=("none", "proj", "vae"), default="none",
+    running.add_argument("--preview", choices=("none", "proj", "tae", "vae"), default="none",
                          help="write what each step takes the picture to be: its colours, or decoded")
     running.add_argument("--preview-path", default="./preview.png", metavar="FILE", help="./preview.png")
     running.add_argument("--preview-interval", type=int, default=1, metavar="N", help="after every N steps (1)")

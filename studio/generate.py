@@ -38,7 +38,11 @@ def generate(args: argparse.Namespace) -> int:
             raise ValueError("compare-backends wants the weights where they are computed with: leave --max-vram out")
 
     import models
+    from models.pipeline import check_decoders
+    from models.preview import check_preview
 
+    check_decoders(args.vae, args.tae, args.taesd_preview_only, bool(args.init_img or args.ref_image))
+    check_preview("proj" if args.preview == "none" else args.preview, args.preview_interval, args.tae is not None)
     family = models.pipeline_for(files[0])
     wanted_loras = loras.find_all(tags, args.lora, args.lora_model_dir)
     _set_lightning(args, family, wanted_loras)
@@ -52,8 +56,8 @@ def generate(args: argparse.Namespace) -> int:
     outputs = _outputs(args.output, args.batch_count)
     report = Path(args.report) if args.report else None
     previews = [Path(args.preview_path)] if args.preview != "none" else []
-    if previews and (previews[0].suffix.lower() != ".png" or previews[0] in outputs or args.preview_interval < 1):
-        raise ValueError("--preview-path must end in .png and not be --output's, and --preview-interval be at least 1")
+    if previews and (previews[0].suffix.lower() != ".png" or previews[0] in outputs):
+        raise ValueError(f"--preview-path must end in .png and be another than --output's, not {args.preview_path!r}")
     for path in [*outputs, *previews, *([report] if report else [])] if args.command == "generate" else []:
         _check_writable(path)
     width, height = _side("width", args.width), _side("height", args.height)
@@ -71,7 +75,8 @@ def generate(args: argparse.Namespace) -> int:
     load: dict[str, Any] = {
         "backend": backend, "params_backend": params_backend, "n_threads": args.threads, "options": options,
         "compat": args.compat, "encoder": bool(args.init_img or args.ref_image),
-        "lora_apply_mode": args.lora_apply_mode, "memory_limit": args.max_ram, "max_vram": args.max_vram, **of_family,
+        "lora_apply_mode": args.lora_apply_mode, "memory_limit": args.max_ram, "max_vram": args.max_vram,
+        "tae": args.tae, "tae_preview_only": args.taesd_preview_only, **of_family,
     }  # fmt: skip
     shape: dict[str, Any] = {
         "negative_prompt": args.negative_prompt, "width": width, "height": height,
@@ -157,8 +162,9 @@ def _predict(
 
 
 def _show_plan(
-    args: argparse.Namespace, prompt: str, files: Sequence[str], load: Mapping[str, Any], shape: Mapping[str, Any],
-    controls: Mapping[str, Any], wanted_loras: Sequence[tuple[str, float]], tile: tuple[int, int],
+    args: argparse.Namespace, prompt: str, files: tuple[str, str, str | None], load: Mapping[str, Any],
+    shape: Mapping[str, Any], controls: Mapping[str, Any], wanted_loras: Sequence[tuple[str, float]],
+    tile: tuple[int, int],
 ) -> None:  # fmt: skip
     import models
     from models.prediction import stand_in
@@ -190,10 +196,12 @@ def _prompt(args: argparse.Namespace) -> str:
     return str(prompt)
 
 
-def _models(args: argparse.Namespace) -> tuple[str, str, str]:
-    """The three files: all given, or all the demo's, which then stand in `args`."""
+def _models(args: argparse.Namespace) -> tuple[str, str, str | None]:
+    """The three files: all given, or all the demo's, which then stand in `args`. --tae may stand for --vae."""
     names = ("diffusion_model", "llm", "vae")
     missing = [f"--{name.replace('_', '-')}" for name in names if not getattr(args, name)]
+    if len(missing) < len(names) and args.tae and "--vae" in missing:
+        missing.remove("--vae")
     if len(missing) == len(names):
         args.diffusion_model, args.llm, args.vae = (str(DEMO / name) for name in DEMO_FILES)
     elif missing:
@@ -413,7 +421,8 @@ def parameters(args: argparse.Namespace, pipe: Any, prompt: str, seed: int, shap
         settings["Custom Sigmas"] = f"[{args.sigmas}]"
     if args.init_img:
         settings["Denoising strength"] = INIT_STRENGTH if args.strength is None else args.strength
-    settings |= {"TE": Path(args.llm).name, "Unet": Path(args.diffusion_model).name, "VAE": Path(args.vae).name}
+    decoder = args.vae if args.taesd_preview_only or not args.tae else args.tae
+    settings |= {"TE": Path(args.llm).name, "Unet": Path(args.diffusion_model).name, "VAE": Path(decoder).name}
     settings["Version"] = f"pyggml {__version__}"
     lines = [prompt]
     if args.negative_prompt:

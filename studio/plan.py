@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 _NAMES = {
     "qwen3": "text encoder", "qwen25_vl": "text encoder", "vision": "vision tower", "z_image": "transformer",
-    "qwen_image": "transformer", "vae": "autoencoder",
+    "qwen_image": "transformer", "vae": "autoencoder", "tae": "tiny autoencoder",
 }  # fmt: skip
 
 

@@ -137,9 +137,9 @@ def test_autoencoder(backend: Backend, tmp_path: Path, names: str) -> None:
 
 
 def tiny(folder: Path, kind: str, names: str = "as made", changed: Mapping[str, Any] | None = None) -> Checkpoint:
-    """The golden's tiny autoencoder as a file; `names`: as made, original, or those of a file with the decoder alone."""
+    """The golden's tiny autoencoder as a file; `names`: as made, original, or of a file with the decoder alone."""
     arrays = golden("autoencoder_tiny")
-    prefix = f"{kind}/weights/"
+    prefix = f"weights/{kind}/"
     tensors = {k.removeprefix(prefix): np.ascontiguousarray(arrays[k]) for k in arrays if k.startswith(prefix)}
     if names != "as made":
         tensors = {re.sub(r"^decoder\.layers\.(\d+)", lambda m: f"decoder.{int(m[1]) + 1}", k): v
@@ -159,6 +159,17 @@ def test_tiny_autoencoders(backend: Backend, tmp_path: Path, kind: str, names: s
         latents = arrays[f"{kind}/latents"]
         close_to(module.decode(backend, latents), arrays[f"{kind}/decoded"])
         close_to(module.decode(backend, latents, tile=(2, 3)), arrays[f"{kind}/decoded"])
+
+
+@pytest.mark.parametrize("kind", ["taesd", "taehv"])
+def test_tiny_autoencoders_elsewhere(
+    backend: Backend, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("models.nn.on_cpu", lambda x: False)  # the operations of other devices
+    arrays, checkpoint = golden("autoencoder_tiny"), tiny(tmp_path, kind)
+    module = TinyAutoencoder(TinyConfig.from_checkpoint(checkpoint))
+    with load_params(module.params(), checkpoint, backend=backend, component="tae"):
+        close_to(module.decode(backend, arrays[f"{kind}/latents"]), arrays[f"{kind}/decoded"])
 
 
 def test_what_is_no_tiny_autoencoder_of_pictures(tmp_path: Path) -> None:

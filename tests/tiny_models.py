@@ -76,3 +76,11 @@ def write_tiny_qwen(
     (folder / "llm" / "config.json").write_text(str(golden("qwen25_vl")["config"]), encoding="utf-8")
     (folder / "llm" / "tokenizer.json").write_text(str(recorded["tokenizer"]), encoding="utf-8")
     return paths | {"llm": folder / "llm"}  # with its config.json
+
+
+def write_tiny_decoder(path: Path, kind: str) -> Path:
+    """The tiny autoencoder "taesd" or "taehv" of tests/golden as a file."""
+    prefix = f"weights/{kind}/"
+    tensors = {k.removeprefix(prefix): v for k, v in golden("autoencoder_tiny").items() if k.startswith(prefix)}
+    save_file({k: np.ascontiguousarray(v) for k, v in tensors.items()}, path)
+    return path

@@ -89,7 +89,9 @@ def open_autoencoder(
     return Component("vae", QwenAutoencoder(config, encoder=encoder), checkpoint, place, options, load)
 
 
-def check_together(text_encoder: Component, transformer: Component, vae: Component, vision: Component | None) -> None:
+def check_together(
+    text_encoder: Component, transformer: Component, vae: Component | None, vision: Component | None
+) -> None:
     """LoadError when parts are of different models."""
     llm, dit = text_encoder.module.config, transformer.module.config
     if llm.dim != dit.text_dim:
@@ -102,6 +104,8 @@ def check_together(text_encoder: Component, transformer: Component, vae: Compone
             f"the vision tower's rows have {vision.module.config.out_dim} numbers, the text encoder's {llm.dim}: they "
             "do not belong together", path=vision.checkpoint.path,
         )  # fmt: skip
+    if vae is None:
+        return
     channels = vae.module.config.picture_channels
     if dit.layered != (channels == 4):
         wanted = "pictures with transparency" if dit.layered else "plain pictures"

@@ -20,11 +20,12 @@ from loader.params import load_params
 from pyggml import Backend, Graph
 
 from .. import image, prompt_weights, qwen25_vl, schedule, sd_cpp_words
+from ..autoencoder_tiny import open_tiny_autoencoder
 from ..component import Component, Load, opening
 from ..devices import Module, places
 from ..guidance import Guidance, QwenImageGuidance
 from ..lora import ApplyMode
-from ..pipeline import Compat, Float32, Path, Pipeline, Pixels, check_size
+from ..pipeline import Compat, Float32, Path, Pipeline, Pixels, check_decoders, check_size
 from ..prediction import Phase, all_spans
 from ..preview import Mode
 from ..rng import RNG
@@ -58,13 +59,15 @@ class QwenImagePipeline(Pipeline):
     default_cfg_scale = 4.0
     edits = True
     has_lightning = True
+    tiny = "TAEHV"
     default_layers: ClassVar[int] = 4
 
     def __init__(
-        self, text_encoder: Component, transformer: Component, vae: Component, tokenizer: Tokenizer, *,
-        vision: Component | None = None, variant: Variant | None = None, grid_positions: bool = False,
-        compat: Compat = "diffusers", default_size: int = 1024, lora_apply_mode: ApplyMode = "auto",
-        memory_limit: int | None = None, opened: Sequence[Backend] = (),
+        self, text_encoder: Component, transformer: Component, vae: Component | None, tokenizer: Tokenizer, *,
+        tae: Component | None = None, tae_preview_only: bool = False, vision: Component | None = None,
+        variant: Variant | None = None, grid_positions: bool = False, compat: Compat = "diffusers",
+        default_size: int = 1024, lora_apply_mode: ApplyMode = "auto", memory_limit: int | None = None,
+        opened: Sequence[Backend] = (),
     ) -> None:  # fmt: skip
         self.vision = vision
         self.variant: Variant = variant or ("2511" if transformer.module.config.zero_cond_t else "2509")
@@ -74,8 +77,8 @@ class QwenImagePipeline(Pipeline):
         self._seen: dict[object, tuple[Float32, tuple[int, int]]] = {}
         self._modulations: dict[tuple[object, float], Modulation] = {}
         super().__init__(
-            text_encoder, transformer, vae, tokenizer, compat=compat, default_size=default_size,
-            lora_apply_mode=lora_apply_mode, memory_limit=memory_limit, opened=opened,
+            text_encoder, transformer, vae, tokenizer, tae=tae, tae_preview_only=tae_preview_only, compat=compat,
+            default_size=default_size, lora_apply_mode=lora_apply_mode, memory_limit=memory_limit, opened=opened,
         )  # fmt: skip
 
     def components(self) -> tuple[Component, ...]:
@@ -83,7 +86,8 @@ class QwenImagePipeline(Pipeline):
 
     @classmethod
     def load(
-        cls, diffusion_model: Path, llm: Path, vae: Path, *, llm_vision: Path | None = None,
+        cls, diffusion_model: Path, llm: Path, vae: Path | None = None, *, tae: Path | None = None,
+        tae_preview_only: bool = False, llm_vision: Path | None = None,
         backend: Backend | str | Mapping[Module, Backend] | None = None, params_backend: str | None = None,
         n_threads: int | None = None, options: LoadOptions | None = None, compat: Compat = "diffusers",
         variant: Variant | None = None, grid_positions: bool = False, tokenizer: Tokenizer | None = None,
@@ -103,14 +107,22 @@ class QwenImagePipeline(Pipeline):
             raise ValueError(f"compat is 'diffusers' or 'sd.cpp', not {compat!r}")
         if variant not in (None, "edit", "2509", "2511"):
             raise ValueError(f"variant is 'edit', '2509' or '2511', not {variant!r}")
+        check_decoders(vae, tae, tae_preview_only, encoder)
         place = places(backend, params_backend, n_threads, max_vram)
         with opening(place) as parts:
             parts.append(open_text_encoder(llm, place["te"], options=options, load=load))
             zero = None if variant is None else variant == "2511"
             at = place["diffusion"]
             parts.append(open_transformer(diffusion_model, at, options=options, zero_cond_t=zero, load=load))
-            parts.append(open_autoencoder(vae, place["vae"], options=options, encoder=encoder, load=load))
-            text_encoder, transformer, autoencoder = parts
+            text_encoder, transformer = parts
+            autoencoder = tiny = None
+            if vae is not None:
+                autoencoder = open_autoencoder(vae, place["vae"], options=options, encoder=encoder, load=load)
+                parts.append(autoencoder)
+            if tae is not None:
+                n_channels = transformer.module.config.in_channels
+                tiny = open_tiny_autoencoder(tae, cls.tiny, n_channels, place["vae"], options=options, load=load)
+                parts.append(tiny)
             vision: Component | None = None
             if encoder and not transformer.module.config.layered:
                 vision = open_vision_tower(
@@ -118,13 +130,15 @@ class QwenImagePipeline(Pipeline):
                 )
                 parts += [vision] if vision else []
             check_together(text_encoder, transformer, autoencoder, vision)
+            if transformer.module.config.layered and tae is not None and not tae_preview_only:
+                raise ValueError("a tiny autoencoder makes no layers, which are transparent: it is for previews only")
             tokenizer = tokenizer or Tokenizer.for_checkpoint(text_encoder.checkpoint)
             if compat == "sd.cpp":
                 tokenizer = tokenizer.with_split(sd_cpp_words.split)
             return cls(
-                text_encoder, transformer, autoencoder, tokenizer, vision=vision, variant=variant,
-                grid_positions=grid_positions, compat=compat, lora_apply_mode=lora_apply_mode,
-                memory_limit=memory_limit, opened=place["te"].opened,
+                text_encoder, transformer, autoencoder, tokenizer, tae=tiny, tae_preview_only=tae_preview_only,
+                vision=vision, variant=variant, grid_positions=grid_positions, compat=compat,
+                lora_apply_mode=lora_apply_mode, memory_limit=memory_limit, opened=place["te"].opened,
             )  # fmt: skip
 
     @property
@@ -422,7 +436,7 @@ class QwenImagePipeline(Pipeline):
             found.append(Phase.of("text encoder", graph, spans, n_rows=len(set(ids))))
             lengths.append(len(ids) - n_dropped)
         for wide, high in [*others, *([(width, height)] if encode_image else [])]:
-            graph = self.vae.module.encoder_graph(self.vae.backend, high, wide)
+            graph = self._reader().module.encoder_graph(self._reader().backend, high, wide)
             found.append(Phase.of("image encoder", graph, spans, extra=28 * high * wide))  # bytes, floats twice
         at = self.transformer.backend
         found += [Phase.of("text's projection", dit.context_graph(at, n), spans) for n in lengths]

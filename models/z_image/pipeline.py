@@ -23,11 +23,12 @@ from loader.params import load_params
 from pyggml import Backend, Graph
 
 from .. import autoencoder_kl, prompt_weights, schedule, sd_cpp_words
+from ..autoencoder_tiny import open_tiny_autoencoder
 from ..component import Load, opening
 from ..devices import Module, places
 from ..guidance import Guidance, ZImageGuidance
 from ..lora import ApplyMode
-from ..pipeline import SIZE_MULTIPLE, Compat, Float32, Path, Pipeline, Pixels, check_size
+from ..pipeline import SIZE_MULTIPLE, Compat, Float32, Path, Pipeline, Pixels, check_decoders, check_size
 from ..prediction import Phase, all_spans
 from ..preview import Mode
 from ..qwen3 import Qwen3
@@ -51,10 +52,12 @@ class ZImagePipeline(Pipeline):
     default_steps = 8
     default_cfg_scale = 1.0
     default_strength = 0.6, 1.0
+    tiny = "TAESD"
 
     @classmethod
     def load(
-        cls, diffusion_model: Path, llm: Path, vae: Path, *,
+        cls, diffusion_model: Path, llm: Path, vae: Path | None = None, *, tae: Path | None = None,
+        tae_preview_only: bool = False,
         backend: Backend | str | Mapping[Module, Backend] | None = None, params_backend: str | None = None,
         n_threads: int | None = None, options: LoadOptions | None = None, compat: Compat = "diffusers",
         tokenizer: Tokenizer | None = None, encoder: bool = False, lora_apply_mode: ApplyMode = "auto",
@@ -62,6 +65,9 @@ class ZImagePipeline(Pipeline):
     ) -> ZImagePipeline:  # fmt: skip
         """Load from three files (or diffusers folders). `encoder`: also the half of the autoencoder that img2img needs.
         `lora_apply_mode`: "auto", "at_runtime" or "immediately", see models.lora.
+
+        `tae`: a tiny autoencoder. It makes the pictures, and `vae` may be left out where none are read; with
+        `tae_preview_only` it makes previews.
 
         `backend`: what computes, one for all, one for each module, or a text such as "te=cpu,diffusion=vulkan0"
         (models.devices); the processor unless given. A backend that is passed stays open when the pipeline is closed.
@@ -77,13 +83,21 @@ class ZImagePipeline(Pipeline):
         """
         if compat not in ("diffusers", "sd.cpp"):
             raise ValueError(f"compat is 'diffusers' or 'sd.cpp', not {compat!r}")
+        check_decoders(vae, tae, tae_preview_only, encoder)
         place = places(backend, params_backend, n_threads, max_vram)
         with opening(place) as parts:
             parts.append(open_text_encoder(llm, place["te"], options=options, load=load))
             dit_place = place["diffusion"]
             parts.append(open_transformer(diffusion_model, dit_place, options=options, compat=compat, load=load))
-            parts.append(open_autoencoder(vae, place["vae"], options=options, encoder=encoder, load=load))
-            text_encoder, transformer, autoencoder = parts
+            text_encoder, transformer = parts
+            autoencoder = tiny = None
+            if vae is not None:
+                autoencoder = open_autoencoder(vae, place["vae"], options=options, encoder=encoder, load=load)
+                parts.append(autoencoder)
+            if tae is not None:
+                n_channels = transformer.module.config.in_channels
+                tiny = open_tiny_autoencoder(tae, cls.tiny, n_channels, place["vae"], options=options, load=load)
+                parts.append(tiny)
             width = text_encoder.module.config.dim
             if transformer.module.config.text_dim != width:
                 raise LoadError(
@@ -95,8 +109,9 @@ class ZImagePipeline(Pipeline):
                 tokenizer = tokenizer.with_split(sd_cpp_words.split)
             default_size = int(transformer.checkpoint.metadata.get("z_image.default_size", 1024))
             return cls(
-                text_encoder, transformer, autoencoder, tokenizer, compat=compat, default_size=default_size,
-                lora_apply_mode=lora_apply_mode, memory_limit=memory_limit, opened=place["te"].opened,
+                text_encoder, transformer, autoencoder, tokenizer, tae=tiny, tae_preview_only=tae_preview_only,
+                compat=compat, default_size=default_size, lora_apply_mode=lora_apply_mode, memory_limit=memory_limit,
+                opened=place["te"].opened,
             )  # fmt: skip
 
     # -- prompts ------------------------------------------------------------------------------------------------------
@@ -224,7 +239,7 @@ class ZImagePipeline(Pipeline):
         encoder_graph = partial(self.text_encoder.module.graph, self.text_encoder.backend)
         found = [Phase.of("text encoder", encoder_graph(len(x)), spans, n_rows=len(set(x))) for x in ids]
         if encode_image:
-            graph = self.vae.module.encoder_graph(self.vae.backend, height, width)
+            graph = self._reader().module.encoder_graph(self._reader().backend, height, width)
             found.append(Phase.of("image encoder", graph, spans, extra=16 * height * width))  # bytes, as the decoder's
         found += [Phase.of("caption refiner", dit.context_graph(self.transformer.backend, n), spans) for n in lengths]
         picture = self._step_phases([*map(net.padded, lengths)], cache, spans, lambda n: (n_patches, n))

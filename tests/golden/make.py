@@ -21,8 +21,8 @@ stores no weights: it runs the three models of the other files.
                               after the other), hidden_grid (positions of the grid)}
     autoencoder_qwen.npz      config, weights/<diffusers name>, {latents [16,h,w] (unscaled), decoded [3,H,W]} and
                               {pixels [3,H,W] in [-1,1], mean [16,h,w]}
-    autoencoder_tiny.npz      taesd/ and taehv/: weights/<name> (diffusers' names; the original ones), latents [16,h,w],
-                              decoded [3,H,W] in 0..1, not clipped
+    autoencoder_tiny.npz      of taesd and taehv: weights/<kind>/<name> (diffusers' names; the original), <kind>/{latents
+                              [16,h,w], decoded [3,H,W] in 0..1, not clipped}
     schedules.npz             shift_<s>/<n>: the n+1 sigmas of the Z-Image pipelines
     qwen_schedules.npz        text/<patches>/<n>: the n+1 sigmas of the Qwen-Image pipelines; layered/<patches>/<n>
     qwen_references.npz       <case>/{picture [H,W,3] uint8, autoencoder [3,H',W'] in -1..1, tower [n,1176]}: what the
@@ -48,6 +48,7 @@ import math
 import sys
 import zipfile
 from collections.abc import Iterable, Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -309,7 +310,7 @@ class TinyVideoDecoder(torch.nn.Module):
         self.weights = torch.nn.ParameterDict()
         self.n_out = 4  # frames made of one, of which the last is the picture of a single latent
         self._add(1, 16, channels[0])
-        for level, (n, n_next) in enumerate(zip(channels, channels[1:], strict=False)):
+        for level, (n, n_next) in enumerate(pairwise(channels)):
             first = 3 + 6 * level
             for i in range(first, first + 3):
                 for j, n_in in ((0, 2 * n), (2, n), (4, n)):
@@ -548,8 +549,8 @@ def autoencoder_qwen() -> Arrays:
 def autoencoder_tiny() -> Arrays:
     image, video = make_tiny_autoencoder(), make_tiny_video_decoder()
     latents = 2 * gaussian(110, 16, 5, 7)  # beyond 3 too, where they are bent
-    out = {f"taesd/weights/{name}": t.numpy() for name, t in image.state_dict().items()}
-    out |= {f"taehv/weights/{name}": t.numpy() for name, t in video.tensors().items()}
+    out = {f"weights/taesd/{name}": t.numpy() for name, t in image.state_dict().items()}
+    out |= {f"weights/taehv/{name}": t.numpy() for name, t in video.tensors().items()}
     out["taesd/latents"] = out["taehv/latents"] = latents.numpy()
     out["taesd/decoded"] = (image.decode(latents[None]).sample[0].numpy() + 1) / 2  # diffusers' are in -1..1
     out["taehv/decoded"] = video(latents[None])[0].numpy()
