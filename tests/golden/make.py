@@ -21,8 +21,8 @@ stores no weights: it runs the three models of the other files.
                               after the other), hidden_grid (positions of the grid)}
     autoencoder_qwen.npz      config, weights/<diffusers name>, {latents [16,h,w] (unscaled), decoded [3,H,W]} and
                               {pixels [3,H,W] in [-1,1], mean [16,h,w]}
-    autoencoder_tiny.npz      of taesd and taehv: weights/<kind>/<name> (diffusers' names; the original), <kind>/{latents
-                              [16,h,w], decoded [3,H,W] in 0..1, not clipped}
+    autoencoder_tiny.npz      of taesd and taehv: weights/<kind>/<name> (diffusers' names; the original), <kind>/{
+                              latents [16,h,w], decoded [3,H,W] in 0..1, not clipped}
     schedules.npz             shift_<s>/<n>: the n+1 sigmas of the Z-Image pipelines
     qwen_schedules.npz        text/<patches>/<n>: the n+1 sigmas of the Qwen-Image pipelines; layered/<patches>/<n>
     qwen_references.npz       <case>/{picture [H,W,3] uint8, autoencoder [3,H',W'] in -1..1, tower [n,1176]}: what the
