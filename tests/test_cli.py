@@ -147,10 +147,12 @@ def test_every_option_in_sd_clis_spelling_reaches_the_pipeline(
         "--sigmas", "1,0.5,0", "--flow-shift", "4", "--rng", "cuda", "--init-img", "start.png", "--strength", "0.9",
         "--batch-count", "2", "--threads", "2", "--no-mmap", "--compat", "sd.cpp", "--eta", "0.5",
         "--backend", "*=cpu", "--vae-on-cpu", "--lora-apply-mode", "at_runtime", "--max-ram", "6G",
-        "--params-backend", "clip=disk", "--mask", "start.png", "--max-vram", "4G", "--lightning", "off", capsys=capsys,
+        "--params-backend", "clip=disk", "--mask", "start.png", "--max-vram", "4G", "--lightning", "off",
+        "--taesd", "t", "--taesd-preview-only", "--preview", "tae", "--preview-path", "p.png", "--preview-interval", "3",
+        capsys=capsys,
     )  # fmt: skip
     assert err == "warning: width 60 is no multiple of 8, 64 is used\nerror: enough\n" and code == 2
-    assert called.pop("progress") and called.pop("on_image")
+    assert called.pop("progress") and called.pop("on_image") and called.pop("on_preview")
     assert called == {
         "files": ("d", "l", "v"), "backend": "te=cpu,diffusion=cpu,vae=cpu",
         "params_backend": "te=disk,diffusion=auto,vae=auto",
@@ -160,7 +162,8 @@ def test_every_option_in_sd_clis_spelling_reaches_the_pipeline(
         "sigmas": [1.0, 0.5, 0.0], "scheduler": None, "shift": 4.0, "method": "euler_a",
         "eta": 0.5, "seed": 5, "num_images_per_prompt": 2, "rng": "cuda", "init_image": "start.png", "strength": 0.9,
         "output_type": "np", "closed": True, "lora_apply_mode": "at_runtime", "memory_limit": 6 << 30,
-        "max_vram": 4 << 30, "lightning": 0, "asked": {
+        "max_vram": 4 << 30, "lightning": 0, "tae": "t", "tae_preview_only": True, "preview": "tae",
+        "preview_interval": 3, "asked": {
             "n_pictures": 0, "layers": None, "starts": True, "layered": False, "variant": None, "compat": "sd.cpp"
         },
     }  # fmt: skip
