@@ -148,8 +148,8 @@ def test_every_option_in_sd_clis_spelling_reaches_the_pipeline(
         "--batch-count", "2", "--threads", "2", "--no-mmap", "--compat", "sd.cpp", "--eta", "0.5",
         "--backend", "*=cpu", "--vae-on-cpu", "--lora-apply-mode", "at_runtime", "--max-ram", "6G",
         "--params-backend", "clip=disk", "--mask", "start.png", "--max-vram", "4G", "--lightning", "off",
-        "--taesd", "t", "--taesd-preview-only", "--preview", "tae", "--preview-path", "p.png", "--preview-interval", "3",
-        capsys=capsys,
+        "--taesd", "t", "--taesd-preview-only", "--preview", "tae", "--preview-path", "p.png",
+        "--preview-interval", "3", capsys=capsys,
     )  # fmt: skip
     assert err == "warning: width 60 is no multiple of 8, 64 is used\nerror: enough\n" and code == 2
     assert called.pop("progress") and called.pop("on_image") and called.pop("on_preview")
