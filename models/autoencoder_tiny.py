@@ -17,7 +17,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from math import prod
 from typing import Any, Literal
 
 import numpy as np
@@ -50,7 +49,7 @@ RENAMES: list[tuple[str, str | None]] = [
 
 @dataclass(frozen=True)
 class TinyConfig:
-    """`channels` of the levels, finest first; for TAEHV how many frames are made of one after each level but that."""
+    """`channels` of the levels, finest first; `n_frames` that TAEHV makes of one after each level but the finest."""
 
     kind: Kind
     channels: tuple[int, int, int, int]
@@ -61,22 +60,29 @@ class TinyConfig:
     def from_checkpoint(cls, checkpoint: Checkpoint) -> TinyConfig:
         """`checkpoint` under original names. LoadError when it is no tiny decoder of pictures."""
 
-        def ne(name: str) -> tuple[int, ...]:
+        def ne(name: str, n_dimensions: int) -> tuple[int, ...]:
             if name not in checkpoint:
                 missing = "this is no tiny autoencoder with a decoder: a tensor is missing"
                 raise LoadError(missing, path=checkpoint.path, tensor=name)
-            return tuple(checkpoint[name].ne)
+            found = tuple(checkpoint[name].ne)
+            if len(found) != n_dimensions or not all(found):
+                problem = f"this is no tiny autoencoder: its shape is {found}, {n_dimensions} dimensions are expected"
+                raise LoadError(problem, path=checkpoint.path, tensor=name)
+            return found
 
-        latent_channels, first = ne("decoder.1.weight")[2:]
+        latent_channels, first = ne("decoder.1.weight", 4)[2:]
         kind: Kind = "TAEHV" if f"decoder.{_GROWS[0]}.conv.weight" in checkpoint else "TAESD"
-        if n_made := ne(f"decoder.{_N_LAYERS[kind] - 1}.bias")[0] - 3:
-            problem = f"it makes {n_made + 3} channels, a picture has 3: it is for another model"
+        (n_out,) = ne(f"decoder.{_N_LAYERS[kind] - 1}.bias", 1)
+        if n_out != 3:
+            problem = f"it makes {n_out} channels, a picture has 3: it is for another model"
             raise LoadError(problem, path=checkpoint.path)
         if kind == "TAESD":
             return cls(kind, (first,) * 4, latent_channels)
-        second, third, last = (ne(f"decoder.{i + 1}.weight")[3] for i in _GROWS)
-        grown = (prod(ne(f"decoder.{i}.conv.weight")) for i in _GROWS)
-        n_frames = tuple(n // c**2 for n, c in zip(grown, (first, second, third), strict=True))
+        second, third, last = (ne(f"decoder.{i + 1}.weight", 4)[3] for i in _GROWS)
+        made = [ne(f"decoder.{i}.conv.weight", 4)[3] for i in _GROWS]
+        n_frames = tuple(n // c for n, c in zip(made, (first, second, third), strict=True))
+        if not all(1 <= n <= 2 for n in n_frames):
+            raise LoadError(f"it makes {n_frames} frames of one, 1 or 2 are expected", path=checkpoint.path)
         return cls(kind, (last, third, second, first), latent_channels, n_frames)  # type: ignore[arg-type]
 
 

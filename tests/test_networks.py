@@ -180,3 +180,9 @@ def test_what_is_no_tiny_autoencoder_of_pictures(tmp_path: Path) -> None:
     checkpoint = tiny(tmp_path, "taesd")
     with pytest.raises(LoadError, match="no tiny autoencoder with a decoder"):
         TinyConfig.from_checkpoint(checkpoint.renamed([("^decoder.1\\.", None)]))
+    shapes = {"1.weight": (24, 16), "22.bias": (), "7.conv.weight": (24, 24), "8.weight": (0, 24, 3, 3),
+              "13.conv.weight": (64, 16, 1, 1)}  # fmt: skip
+    for name, shape in shapes.items():
+        changed = {f"decoder.{name}": np.zeros(shape, np.float32)}
+        with pytest.raises(LoadError):
+            TinyConfig.from_checkpoint(tiny(tmp_path, "taehv", changed=changed))

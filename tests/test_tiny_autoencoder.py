@@ -69,6 +69,19 @@ def test_previews_by_it_change_nothing(files: dict[str, Path]) -> None:
             pipe("a red circle", **RUN, preview="tae")
 
 
+@pytest.mark.parametrize("how", [{"params_backend": "*=disk"}, {"memory_limit": 1}])
+def test_previews_between_steps_whose_weights_come_and_go(files: dict[str, Path], how: dict[str, Any]) -> None:
+    found: list[Any] = []
+    with models.load(**files, tae_preview_only=True, n_threads=1) as pipe:
+        exact = pipe("a red circle", **RUN, preview="tae", on_preview=lambda i, step, p: found.append(p)).images[0]
+    with models.load(**files, tae_preview_only=True, n_threads=1, **how) as pipe:
+        for mode in ("tae", "vae", "proj"):
+            result = pipe("a red circle", **RUN, preview=mode, on_preview=lambda i, step, p: found.append(p))
+            np.testing.assert_array_equal(result.images[0], exact)
+    np.testing.assert_array_equal(found[:4], found[4:8])
+    np.testing.assert_array_equal(found[11], exact)
+
+
 def test_a_plan_counts_it(files: dict[str, Path]) -> None:
     def phases(**more: Any) -> dict[str, Any]:
         return {phase.name: phase for phase in pipe.phases("a red circle", width=256, height=256, **more)}
