@@ -1,5 +1,6 @@
 """What a preview costs: seconds of a projection, of a tiny autoencoder and of the whole one, memory of their graphs.
 
+    python benchmarks/previews.py                             # how near projections of the demo come to its pictures
     python benchmarks/previews.py --vae ae.safetensors [--tae taef1.safetensors] [--size 512]
     python benchmarks/previews.py --vae qwen_image_vae.safetensors
 
@@ -22,13 +23,16 @@ from safetensors.numpy import save_file
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import models
 from loader import describe_path
 from models import image, qwen_image, z_image
 from models.autoencoder_tiny import TinyAutoencoder, TinyConfig, open_tiny_autoencoder
 from models.devices import Place
 from models.preview import Projection
 from pyggml import Backend, Graph
+from studio.generate import DEMO, DEMO_FILES
 
+PROMPTS = ("a large red circle on a blue background", "a green square on a white background")
 CONFIGS = {"TAESD": TinyConfig("TAESD", (64,) * 4, 16), "TAEHV": TinyConfig("TAEHV", (64, 64, 128, 256), 16, (1, 2, 2))}
 
 
@@ -39,13 +43,32 @@ def write_random(path: Path, config: TinyConfig) -> Path:
     return path
 
 
+def show_quality() -> None:
+    """Of projections of the demo's steps against the finished pictures, scaled down to their size."""
+    with models.load(*(str(DEMO / name) for name in DEMO_FILES)) as pipe:
+        print(f"{'':42} {'after half':>16} {'at the end':>16}")
+        for seed, prompt in enumerate(PROMPTS):
+            found: list[Any] = []
+            small = {"width": 64, "height": 64, "seed": seed, "output_type": "np"}
+            picture = pipe(prompt, **small, on_preview=lambda i, step, p, found=found: found.append(p)).images[0]
+            wanted = picture.reshape(8, 8, 8, 8, 3).mean((1, 3))
+            cells = []
+            for preview in (found[len(found) // 2 - 1], found[-1]):
+                psnr = 10 * np.log10(255**2 / np.square(preview - wanted).mean())
+                cells.append(f"{psnr:5.1f} dB, r {np.corrcoef(preview.ravel(), wanted.ravel())[0, 1]:.3f}")
+            print(f"{prompt:42} {cells[0]:>16} {cells[1]:>16}", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--vae", required=True)
+    parser.add_argument("--vae")
     parser.add_argument("--tae")
     parser.add_argument("--size", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
+    if args.vae is None:
+        show_quality()
+        return
     qwen = describe_path(args.vae).architecture.startswith("Qwen")
     open_vae = qwen_image.components.open_autoencoder if qwen else z_image.components.open_autoencoder
     kind: Any = "TAEHV" if qwen else "TAESD"
