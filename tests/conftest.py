@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import signal
 
 # A shell starts what it puts into the background with SIGINT ignored, and processes hand that on to their children:
 # tests that interrupt one would wait for ever.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# In a build with Vulkan too the suite computes on the processor, also where `auto` is asked for; tests/test_vulkan.py shows
+# its processes a device.
+os.environ["GGML_VK_VISIBLE_DEVICES"] = ""

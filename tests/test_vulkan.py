@@ -42,7 +42,6 @@ DRAW: dict[str, Any] = dict(
     prompt="a red circle on a blue background", height=32, width=32, num_inference_steps=2, output_type="np"
 )
 TYPES = [Type.F16, Type.Q8_0, Type.Q4_K]
-# The rest of the suite is to compute on the processor, also where `auto` is asked for: only here is lavapipe shown.
 LAVAPIPE = {"GGML_VK_VISIBLE_DEVICES": "0", "VK_LOADER_DRIVERS_SELECT": "*lvp*"}
 
 
@@ -59,6 +58,7 @@ def start(environment: Mapping[str, str]) -> tuple[ProcessPoolExecutor, str]:
     """A process with other variables, and what its first Vulkan device is."""
     pool = ProcessPoolExecutor(1, mp_context=get_context("spawn"))
     with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("GGML_VK_VISIBLE_DEVICES", raising=False)  # tests/conftest.py hides all
         for key, value in environment.items():
             patch.setenv(key, value)
         return pool, pool.submit(description).result()
