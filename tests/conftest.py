@@ -9,6 +9,6 @@ import signal
 # tests that interrupt one would wait for ever.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# In a build with Vulkan too the suite computes on the processor, also where `auto` is asked for; tests/test_vulkan.py shows
-# its processes a device.
+# In a build with Vulkan too the suite computes on the processor, also where `auto` is asked for; tests/test_vulkan.py
+# shows its processes a device.
 os.environ["GGML_VK_VISIBLE_DEVICES"] = ""
