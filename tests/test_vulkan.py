@@ -58,7 +58,8 @@ def start(environment: Mapping[str, str]) -> tuple[ProcessPoolExecutor, str]:
     """A process with other variables, and what its first Vulkan device is."""
     pool = ProcessPoolExecutor(1, mp_context=get_context("spawn"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("GGML_VK_VISIBLE_DEVICES", raising=False)  # tests/conftest.py hides all
+        for key in ("VK_LOADER_DRIVERS_DISABLE", "GGML_VK_VISIBLE_DEVICES"):  # tests/conftest.py hides all devices
+            patch.delenv(key, raising=False)
         for key, value in environment.items():
             patch.setenv(key, value)
         return pool, pool.submit(description).result()
