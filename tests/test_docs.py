@@ -113,18 +113,41 @@ def test_the_readme_begins_with_two_commands() -> None:
     assert cli.make_parser().parse_args(argv).diffusion_model is None
 
 
+def run_ci(folder: Path, second: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """.ci/run in a folder whose README and linters do nothing."""
+    (folder / ".ci").mkdir()
+    shutil.copy(ROOT / ".ci" / "run", folder / ".ci")
+    linters = "mkdir -p .venv/bin && printf '#!/bin/sh\\necho $0 $@ >> linted' | tee .venv/bin/ruff > .venv/bin/mypy"
+    first = f"{linters} && chmod +x .venv/bin/*"
+    (folder / "README.md").write_text(f"# x\n\nText.\n\n```sh\n{first}\n{second}\n```\n\n```sh\ntouch never\n```\n")
+    inherited = {key: value for key, value in os.environ.items() if key != "PYGGML_BUILD"}
+    return subprocess.run([folder / ".ci" / "run"], capture_output=True, text=True, check=False, timeout=60, cwd=os.sep,
+                          env=inherited | environment)  # fmt: skip
+
+
 @pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
 @pytest.mark.parametrize(("second", "code"), [("touch ran", 0), ("true && false && touch ran", 1)])
 def test_ci_runs_the_readmes_commands(second: str, code: int, tmp_path: Path) -> None:
-    """In a copy whose README and linters do nothing: all commands run, and one that fails stops the rest."""
-    folder = tmp_path / ".ci"
-    folder.mkdir()
-    shutil.copy(ROOT / ".ci" / "run", folder)
-    linters = "mkdir -p .venv/bin && printf '#!/bin/sh\\necho $0 $@ >> linted' | tee .venv/bin/ruff > .venv/bin/mypy"
-    first = f"{linters} && chmod +x .venv/bin/*"
-    (tmp_path / "README.md").write_text(f"# x\n\nText.\n\n```sh\n{first}\n{second}\n```\n\n```sh\ntouch never\n```\n")
-    done = subprocess.run([folder / "run"], capture_output=True, text=True, check=False, timeout=60, cwd=os.sep)
+    """All commands run, and one that fails stops the rest."""
+    done = run_ci(tmp_path, second, PYGGML_BUILD="")
     assert bool(done.returncode) == bool(code), done.stderr
     assert (tmp_path / "ran").exists() == (code == 0) and not (tmp_path / "never").exists()
     if code == 0:
         assert (tmp_path / "linted").read_text() == ".venv/bin/ruff check .\n.venv/bin/mypy\n"
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+def test_ci_goes_on_without_vulkan(tmp_path: Path) -> None:
+    """Where its parts are missing and cannot be installed: said in the first and the last line."""
+    (tmp_path / "build.py").write_text(
+        "def find_compilers(): return [], []\ndef check_vulkan(cxx): raise ValueError('no glslc')\n"
+        "def cache_folder():\n    from pathlib import Path\n    return Path('cache')\n"
+    )
+    (tmp_path / "tools").mkdir()
+    (tmp_path / "tools" / "debian_vulkan.sh").write_text("#!/bin/sh\necho no mirror for $1 >&2\nexit 7\n")
+    (tmp_path / "tools" / "debian_vulkan.sh").chmod(0o755)
+    done = run_ci(tmp_path, "echo $PYGGML_BUILD, $VULKAN_SDK > ran", VULKAN_SDK="/its/own")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "ran").read_text() == "--rpc, /its/own\n"
+    said = re.findall(r"^PYGGML_BUILD=--rpc TESTS OF VULKAN ARE LEFT OUT\. .*$", done.stdout, re.M)
+    assert len(said) == 2 and "no mirror for cache/vulkan-sdk\nIt failed (7)." in done.stdout, done.stdout
