@@ -48,7 +48,7 @@ class Piece(NamedTuple):
 @dataclass(frozen=True)
 class Arrangement:
     """How a graph runs: its pieces, weights that stay besides theirs, and bytes: of all that stays, of each
-    slot, of what comes in each pass.
+    slot, of what comes in each pass. `whole`: of several graphs, where this is the part of one of them.
     """
 
     pieces: tuple[Piece, ...]
@@ -56,6 +56,7 @@ class Arrangement:
     stays: int
     slots: tuple[int, ...]
     per_pass: int
+    whole: Arrangement | None = None
 
     @property
     def n_bytes(self) -> int:
@@ -64,6 +65,8 @@ class Arrangement:
     @property
     def placement(self) -> object:
         """Graphs of equal placements find each weight at the same address."""
+        if self.whole is not None:
+            return self.whole.placement
         return self.always, self.slots, tuple(piece[1:] for piece in self.pieces)
 
 
@@ -89,6 +92,49 @@ def arrange(uses: Sequence[Use], sizes: Sequence[int], room: int) -> Arrangement
                 return found
             least = min(least, found, key=lambda a: a.n_bytes)
     return least
+
+
+def arrange_together(graphs: Sequence[Sequence[Use]], sizes: Sequence[int], room: int) -> list[Arrangement | None]:
+    """For each of several graphs that run in turn, its part of one arrangement, so that what stays does so for all.
+
+    None where a graph reads weights in another order than an earlier one of the same weights.
+    """
+    joined: list[Use] = []
+    seen: list[set[int]] = []
+    for uses in graphs:
+        weights = {w for _, group in uses for w in group}
+        if weights not in seen:
+            seen.append(weights)
+            first = joined[-1][0] + 1 if joined else 0
+            joined += [(first + node, group) for node, group in uses]
+    whole = arrange(joined, sizes, room)
+    return [_part(whole, uses, sizes) for uses in graphs]
+
+
+def _part(whole: Arrangement, uses: Sequence[Use], sizes: Sequence[int]) -> Arrangement | None:
+    own = {w for _, group in uses for w in group}
+    piece_of = {w: i for i, piece in enumerate(whole.pieces) for w in piece.weights}
+    pieces: list[Piece] = []
+    begun: set[int] = set()
+    in_slot: dict[int, int] = {}
+    for node, group in uses:
+        numbers = dict.fromkeys(piece_of[w] for w in group if w in piece_of)
+        for i in numbers:
+            piece = whole.pieces[i]
+            if i not in begun:
+                begun.add(i)
+                if pieces:
+                    pieces[-1] = pieces[-1]._replace(end=node)
+                pieces.append(Piece(-1, tuple(w for w in piece.weights if w in own), piece.slot))
+                if piece.slot is not None:
+                    in_slot[piece.slot] = i
+        if len({piece.end for piece in pieces}) < len(pieces):
+            return None  # two begin at one node
+        if any(in_slot[slot] != i for i in numbers if (slot := whole.pieces[i].slot) is not None):
+            return None
+    per_pass = sum(sizes[w] for piece in pieces if piece.slot is not None for w in piece.weights)
+    pieces = pieces or [Piece(-1, (), None)]
+    return Arrangement(tuple(pieces), whole.always, whole.stays, whole.slots, per_pass, whole)
 
 
 def _cut(uses: Sequence[Use], sizes: Sequence[int], target: int) -> tuple[list[Group], tuple[int, ...]]:
@@ -195,6 +241,8 @@ class Stream:
         self._graphs: weakref.WeakKeyDictionary[Graph, _Known] = weakref.WeakKeyDictionary()
         self._placement: object = None
         self._n_placements = 0
+        self._left: set[object] = set()  # placements that others took the place of
+        self._in_turn = False  # one came back: graphs run in turn, and are arranged together
         self._arrived: set[int] = set()  # of those that stay
         self._uploader: Uploader | None = None
         self.report = report or VramReport(limit, 0)
@@ -222,6 +270,13 @@ class Stream:
                 f"{taken} of them beside the weights that can come in pieces, but may take {self.limit}"
             )
         if known.arrangement.placement != self._placement:
+            if not self._in_turn and known.arrangement.placement in self._left:
+                self._in_turn = True
+                for other in self._graphs.values():
+                    other.arrangement = None
+                self.prepare(graph)
+                return
+            self._left.add(self._placement)
             self._place(known.arrangement)
         if known.pointed != self._n_placements:
             for view in known.views:
@@ -305,7 +360,13 @@ class Stream:
     def _arrange(self, known: _Known) -> Arrangement:
         if sum(self._sizes) <= known.room:  # also what this graph does not read: the next one may
             return all_stay(range(len(self._sizes)), self._sizes)
-        found = arrange(known.uses, self._sizes, known.room)
+        found = None
+        if self._in_turn:
+            graphs = [k.uses for g, k in self._graphs.items() if not g.closed]
+            at = next(i for i, uses in enumerate(graphs) if uses is known.uses)
+            found = arrange_together(graphs, self._sizes, known.room)[at]
+        if found is None or found.n_bytes > known.room:
+            found = arrange(known.uses, self._sizes, known.room)
         log.info(
             "%s: %.2f GB of weights, room for %.2f GB on %s: %.2f GB stay, %.2f GB come in each pass", self.name,
             sum(self._sizes) / 1e9, known.room / 1e9, self._backend.device.name, found.stays / 1e9,
@@ -353,7 +414,8 @@ class Stream:
         try:
             slots = [Buffer.of_size(self._type, n, name=self.name) if n else None for n in arrangement.slots]
             self._context.buffers += [slot for slot in slots if slot is not None]
-            for numbers, at in [(arrangement.always, None), *((p.weights, p.slot) for p in arrangement.pieces)]:
+            whole = arrangement.whole or arrangement
+            for numbers, at in [(whole.always, None), *((p.weights, p.slot) for p in whole.pieces)]:
                 slot, offset = None if at is None else slots[at], 0
                 for i in numbers:
                     self._copies[i].ptr.data = ffi.NULL

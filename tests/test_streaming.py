@@ -12,7 +12,7 @@ import re
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ from models.pipeline import Pipeline
 from models.qwen_image import pipeline as qwen
 from models.qwen_image import references
 from models.step_cache import DBCache
-from models.streaming import Piece, Stream, Use, _Feeder, arrange
+from models.streaming import Arrangement, Piece, Stream, Use, _Feeder, arrange, arrange_together
 from models.z_image import ZImagePipeline
 from pyggml import Backend, Cancelled, Device, Graph, OutOfMemory, SplitBackend, Tensor, ops
 from pyggml.lib import ffi
@@ -414,19 +414,62 @@ def test_arrangements_keep_to_the_room_and_never_share_a_place_in_use(seed: int)
         found = arrange(uses, sizes, room)
         assert found.n_bytes <= room
         stays.append(found.stays)
-        slots: dict[int, tuple[int, ...]] = {}
-        kept = {*found.always, *(w for piece in found.pieces if piece.slot is None for w in piece.weights)}
-        assert sum(sizes[w] for w in kept) == found.stays == sum(sizes) - found.per_pass
-        at = -1
-        for node, weights in uses:
-            while at < 0 or 0 <= found.pieces[at].end <= node:
-                at += 1
-                piece = found.pieces[at]
-                if piece.slot is not None:
-                    slots[piece.slot] = piece.weights
-                    assert sum(sizes[w] for w in piece.weights) <= found.slots[piece.slot]
-            assert kept.union(*slots.values()) >= set(weights)
+        assert sum(sizes) - found.per_pass == found.stays
+        play_through(uses, found, sizes)
     assert stays[-1] == sum(sizes) and stays[0] < stays[-1]
+
+
+def play_through(uses: Sequence[Use], found: Arrangement, sizes: Sequence[int]) -> None:
+    """Each weight is at its place when a node reads it."""
+    whole = found.whole or found
+    slots: dict[int, tuple[int, ...]] = {}
+    kept = {*whole.always, *(w for piece in whole.pieces if piece.slot is None for w in piece.weights)}
+    assert sum(sizes[w] for w in kept) == found.stays
+    at = -1
+    for node, weights in uses:
+        while at < 0 or 0 <= found.pieces[at].end <= node:
+            at += 1
+            piece = found.pieces[at]
+            if piece.slot is not None:
+                slots[piece.slot] = piece.weights
+                assert sum(sizes[w] for w in piece.weights) <= found.slots[piece.slot]
+        assert kept.union(*slots.values()) >= set(weights)
+    assert at == len(found.pieces) - 1 and found.pieces[-1].end == -1
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_graphs_in_turn_have_one_arrangement(seed: int) -> None:
+    """Three parts of a network, for two branches: the second's have more nodes. What stays does so for all."""
+    rng = random.Random(seed)
+    sizes = [rng.choice([256, 4096, 40_960]) for _ in range(rng.randrange(20, 60))]
+    cuts = sorted(rng.sample(range(1, len(sizes)), 2))
+    parts = [[(3 * i, (i, *rng.sample(range(i), i > 0 and rng.random() < 0.1))) for i in range(*ends)]
+             for ends in zip((0, *cuts), (*cuts, len(sizes)), strict=True)]  # fmt: skip
+    graphs: list[list[Use]] = [*parts, *([(2 * node, weights) for node, weights in part] for part in parts)]
+    least = next(part.n_bytes for part in arrange_together(graphs, sizes, 0) if part is not None)
+    for room in (least, max(least, sum(sizes) // 2), sum(sizes)):
+        found = [part for part in arrange_together(graphs, sizes, room) if part is not None]
+        assert len({part.placement for part in found}) == 1
+        for uses, part in zip(graphs, found, strict=True):
+            assert part.n_bytes <= room and part.whole is not None
+            play_through(uses, part, sizes)
+        assert sum(part.per_pass for part in found[:3]) == sum(sizes) - found[0].stays
+    backwards: list[Use] = [(node, weights) for (node, _), (_, weights) in zip(parts[0], parts[0][::-1], strict=True)]
+    for uses, found_part in zip((parts[0], backwards), arrange_together([parts[0], backwards], sizes, 0), strict=True):
+        if found_part is not None:
+            play_through(uses, found_part, sizes)
+
+
+def test_parts_of_a_network_that_run_in_turn(files: Files, device: Backend) -> None:
+    """As with DBCache, whose three graphs share the room: what stays is not uploaded again for any of them."""
+    settings = replace(BLOCKS, threshold=0.0)  # all are computed in each step
+    run = {**SMALL, "guidance_scale": None, "cfg_scale": 2.0, "cache": settings}
+    with load(files, device) as pipe:
+        limit_each(pipe, pipe("a red circle", **run).report.vram, lambda weights: weights // 2)
+        few, many = (pipe("a red circle", **{**run, "num_inference_steps": n}).report.vram["z_image"] for n in (3, 7))
+    a_step = (many.uploaded_bytes - few.uploaded_bytes) / 4
+    assert 0 < a_step <= 2 * (many.weights - many.stays)  # two branches
+    assert a_step < many.weights and many.peak <= many.limit
 
 
 BLOCKS = DBCache(front=1, warmup=1, threshold=10.0)
