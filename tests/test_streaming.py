@@ -177,6 +177,18 @@ def test_too_small_a_limit_says_what_is_needed_and_that_is_enough(files: Files, 
         np.testing.assert_array_equal(pipe.encode("a red circle").features, features)
 
 
+def test_the_device_is_left_empty(tight: Any) -> None:
+    """At the end of a visit, not when the last reference to it goes."""
+    pipe, _ = tight
+    prompt = pipe.encode("x").features
+    with pipe.transformer.in_use():
+        pipe.denoise(NOISE, SIGMAS, prompt)
+        visit = pipe.transformer._visit
+        held = [*visit._context.buffers, *visit._vectors.context.buffers]
+        assert 0 < sum(buffer.n_bytes for buffer in held) <= visit.limit
+    assert len(held) > 2 and all(buffer.closed for buffer in held)
+
+
 def test_the_order_of_uploads(tight: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Weights are there before their piece runs, a slot is written when its last piece has run, at the same time."""
     pipe, expected = tight
