@@ -20,6 +20,7 @@ from loader.errors import LoadError
 from pyggml import Backend, Graph, Tensor, ops
 
 from .compute import Compute
+from .detected import detected
 from .nn import Conv2d, GroupNorm, Module, PixelLinear, attention
 from .tiles import Map, Tiles
 
@@ -51,6 +52,7 @@ class AutoencoderConfig:
     latent_channels: int
 
     @classmethod
+    @detected("Flux autoencoder")
     def from_checkpoint(cls, checkpoint: Checkpoint) -> AutoencoderConfig:
         """`checkpoint` under original names. LoadError when it is no Flux autoencoder."""
 

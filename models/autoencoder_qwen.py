@@ -23,6 +23,7 @@ from loader.errors import LoadError
 from pyggml import Backend, Graph, Tensor, ops
 
 from .compute import Compute
+from .detected import detected
 from .nn import ChannelNorm, Conv2d, Module, PixelLinear, attention
 from .tiles import Map, Tiles
 
@@ -74,6 +75,7 @@ class QwenAutoencoderConfig:
     n_frames: int  # time steps of a kernel; 1 in files that hold the last alone
 
     @classmethod
+    @detected("autoencoder of Qwen-Image")
     def from_checkpoint(cls, checkpoint: Checkpoint) -> QwenAutoencoderConfig:
         """`checkpoint` under original names. LoadError when it is no autoencoder of Qwen-Image."""
 

@@ -30,6 +30,7 @@ from pyggml import Backend, Graph, Tensor, ops
 
 from .component import Component, Load, require
 from .compute import Compute
+from .detected import detected
 from .devices import Place
 from .nn import Conv2d, Module, PixelLinear, graph_use
 from .tiles import Map, Tiles
@@ -57,6 +58,7 @@ class TinyConfig:
     n_frames: tuple[int, int, int] = (1, 1, 1)
 
     @classmethod
+    @detected("tiny autoencoder")
     def from_checkpoint(cls, checkpoint: Checkpoint) -> TinyConfig:
         """`checkpoint` under original names. LoadError when it is no tiny decoder of pictures."""
 

@@ -23,6 +23,7 @@ from loader.params import Param
 from pyggml import Backend, Graph, Tensor, Type, ops
 
 from .compute import Compute
+from .detected import detected, n_blocks
 from .nn import Linear, Module, RMSNorm, attention, graph_use, linear, linear_gelu
 
 MERGE = 2  # patches along a side of what becomes one row
@@ -70,6 +71,7 @@ class VisionConfig:
         return self.patch * MERGE
 
     @classmethod
+    @detected("vision tower of Qwen2.5-VL")
     def from_checkpoint(cls, checkpoint: Checkpoint) -> VisionConfig:
         """`checkpoint` under llama.cpp's names. LoadError when it is no vision tower of Qwen2.5-VL."""
 
@@ -80,7 +82,7 @@ class VisionConfig:
             return tuple(checkpoint[name].ne)
 
         meta, config = checkpoint.metadata, checkpoint.config.get("vision_config") or {}
-        n_layers = 1 + max((int(n.split(".")[2]) for n in checkpoint if n.startswith("v.blk.")), default=-1)
+        n_layers = n_blocks(checkpoint, "v.blk")
         every = int(meta.get("clip.vision.n_wa_pattern") or 8)
         full = config.get("fullatt_block_indexes")
         found = cls(

@@ -20,6 +20,7 @@ from loader.errors import LoadError
 from pyggml import Backend, Graph, Tensor, Type, ops
 
 from .compute import Compute
+from .detected import detected, n_blocks
 from .lora import Naming, extra_nodes
 from .nn import Embedding, Linear, Module, RMSNorm, attention
 from .qwen3 import ALIASES
@@ -56,6 +57,7 @@ class Qwen25VLConfig:
     norm_eps: float = 1e-6
 
     @classmethod
+    @detected("Qwen2.5-VL text encoder")
     def from_checkpoint(cls, checkpoint: Checkpoint) -> Qwen25VLConfig:
         """`checkpoint` under llama.cpp's names. LoadError when it is no Qwen2.5-VL.
 
@@ -76,7 +78,7 @@ class Qwen25VLConfig:
             raise LoadError(problem, path=checkpoint.path)
         return cls(
             dim=dim,
-            n_layers=1 + max(int(name.split(".")[1]) for name in checkpoint if name.startswith("blk.")),
+            n_layers=n_blocks(checkpoint, "blk"),
             n_heads=n_q // head_dim,
             n_kv_heads=n_kv // head_dim,
             head_dim=head_dim,

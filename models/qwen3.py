@@ -18,6 +18,7 @@ from loader.errors import LoadError
 from pyggml import Backend, Graph, Tensor, Type, ops
 
 from .compute import Compute
+from .detected import detected, n_blocks
 from .lora import Naming, extra_nodes
 from .nn import Embedding, Linear, Module, RMSNorm, attention
 from .rope import apply_rope
@@ -61,6 +62,7 @@ class Qwen3Config:
     norm_eps: float = 1e-6
 
     @classmethod
+    @detected("Qwen3 text encoder")
     def from_checkpoint(cls, checkpoint: Checkpoint) -> Qwen3Config:
         """`checkpoint` under llama.cpp's names. LoadError when it is no Qwen3."""
         for name in ("token_embd.weight", "blk.0.attn_q.weight", "blk.0.attn_k.weight", "blk.0.attn_q_norm.weight",
@@ -72,7 +74,7 @@ class Qwen3Config:
         meta = {**checkpoint.metadata, **_from_config_json(checkpoint)}
         return cls(
             dim=dim,
-            n_layers=1 + max(int(name.split(".")[1]) for name in checkpoint if name.startswith("blk.")),
+            n_layers=n_blocks(checkpoint, "blk"),
             n_heads=checkpoint["blk.0.attn_q.weight"].ne[1] // head_dim,
             n_kv_heads=checkpoint["blk.0.attn_k.weight"].ne[1] // head_dim,
             head_dim=head_dim,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import resource
@@ -630,9 +631,12 @@ def test_interrupting_the_command(tmp_path: Path) -> None:
     end = time.monotonic() + 120
     while not leftovers(tmp_path) and time.monotonic() < end:
         time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=120)
-    assert process.returncode == cli.INTERRUPTED and err == b"interrupted\n", err
+    err = b""
+    while not err and time.monotonic() < end:
+        process.send_signal(signal.SIGINT)  # again, as one would: Python loses one that hits a callback of an import
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            _, err = process.communicate(timeout=3)
+    assert process.returncode == cli.INTERRUPTED and err.endswith(b"interrupted\n"), err
     assert leftovers(tmp_path) == []
 
 

@@ -26,6 +26,7 @@ from loader.params import Param
 from pyggml import Backend, Graph, Tensor, Type, ops
 
 from ..compute import Compute
+from ..detected import detected, n_blocks
 from ..lora import Naming, extra_nodes
 from ..nn import Linear, Module, RMSNorm, attention, graph_use, linear_gelu, side_by_side, tokens
 from ..rope import apply_rope_axes
@@ -70,6 +71,7 @@ class QwenImageConfig:
         return self.patch_dim // PATCH**2
 
     @classmethod
+    @detected("Qwen-Image transformer")
     def from_checkpoint(cls, checkpoint: Checkpoint) -> QwenImageConfig:
         """`checkpoint` before RENAMES, which drop a mark. LoadError when it is no Qwen-Image transformer."""
 
@@ -81,12 +83,11 @@ class QwenImageConfig:
 
         patch_dim, dim = ne("img_in.weight")[:2]
         head_dim = ne("transformer_blocks.0.attn.norm_q.weight")[0]
-        blocks = {int(n.split(".")[1]) for n in checkpoint if n.startswith("transformer_blocks.")}
         config = cls(
             dim=dim,
             n_heads=dim // head_dim,
             head_dim=head_dim,
-            n_layers=1 + max(blocks),
+            n_layers=n_blocks(checkpoint, "transformer_blocks"),
             ff_dim=ne("transformer_blocks.0.img_mlp.net.0.proj.weight")[1],
             text_dim=ne("txt_norm.weight")[0],
             patch_dim=patch_dim,

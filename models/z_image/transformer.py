@@ -22,6 +22,7 @@ from loader.errors import LoadError
 from loader.params import Param
 from pyggml import Backend, Graph, Tensor, Type, ops
 
+from ..detected import detected, n_blocks
 from ..lora import Naming, extra_nodes
 from ..nn import Linear, Module, RMSNorm, attention, graph_use, side_by_side, split_heads, tokens
 from ..rope import apply_rope_axes
@@ -78,6 +79,7 @@ class ZImageConfig:
         return self.patch_dim // PATCH**2
 
     @classmethod
+    @detected("Z-Image transformer")
     def from_checkpoint(cls, checkpoint: Checkpoint) -> ZImageConfig:
         """`checkpoint` under single-file names. LoadError when it is no Z-Image transformer."""
 
@@ -87,9 +89,6 @@ class ZImageConfig:
                 raise LoadError(missing, path=checkpoint.path, tensor=name)
             return tuple(checkpoint[name].ne)
 
-        def count(part: str) -> int:
-            return 1 + max((int(n.split(".")[1]) for n in checkpoint if n.startswith(f"{part}.")), default=-1)
-
         patch_dim, dim = ne("x_embedder.weight")[:2]
         head_dim = ne("layers.0.attention.q_norm.weight")[0]
         t_hidden = ne("t_embedder.mlp.0.weight")[1]
@@ -97,9 +96,9 @@ class ZImageConfig:
             dim=dim,
             n_heads=dim // head_dim,
             head_dim=head_dim,
-            n_layers=count("layers"),
-            n_noise_refiners=count("noise_refiner"),
-            n_context_refiners=count("context_refiner"),
+            n_layers=n_blocks(checkpoint, "layers"),
+            n_noise_refiners=n_blocks(checkpoint, "noise_refiner"),
+            n_context_refiners=n_blocks(checkpoint, "context_refiner"),
             ff_dim=ne("layers.0.feed_forward.w1.weight")[1],
             text_dim=ne("cap_embedder.0.weight")[0],
             patch_dim=patch_dim,
