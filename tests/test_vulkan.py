@@ -43,6 +43,7 @@ DRAW: dict[str, Any] = dict(
     prompt="a red circle on a blue background", height=32, width=32, num_inference_steps=2, output_type="np"
 )
 TYPES = [Type.F16, Type.Q8_0, Type.Q4_K]
+pytestmark = pytest.mark.timeout(1500)  # lavapipe compiles shaders again and again
 
 
 def device() -> Device:
