@@ -242,7 +242,7 @@ class AutoencoderKL(Module):
         assert self.decoder is not None
         return _graph(backend, self.decoder, "latents", "picture", (width, height, self.config.latent_channels))
 
-    def tiled_bytes(self, height: int, width: int) -> int:
+    def decoder_tiled_bytes(self, height: int, width: int) -> int:
         """Of the widest maps when a picture of that size is decoded in tiles."""
         narrow, wide = self.config.channels[:2]
         return 4 * (wide + 2 * narrow) * height * width
@@ -251,6 +251,10 @@ class AutoencoderKL(Module):
         """For a picture of height x width: input picture, output moments, both numpy [channels, height, width]."""
         assert self.encoder is not None
         return _graph(backend, self.encoder, "picture", "moments", (width, height, 3))
+
+    def encoder_tiled_bytes(self, height: int, width: int) -> int:
+        """Of the widest maps when a picture of that size is encoded in tiles."""
+        return 4 * 2 * self.config.channels[0] * height * width
 
     def decode(
         self, backend: Backend, latents: NDArray[np.float32], compute: Compute = Graph.compute,

@@ -260,7 +260,7 @@ class QwenAutoencoder(Module):
         graph.output(self.decoder(self.conv2(latents)), name="picture")
         return graph
 
-    def tiled_bytes(self, height: int, width: int) -> int:
+    def decoder_tiled_bytes(self, height: int, width: int) -> int:
         """Of the widest maps when a picture of that size is decoded in tiles."""
         return 4 * 2 * self.config.channels[0] * height * width
 
@@ -271,6 +271,10 @@ class QwenAutoencoder(Module):
         picture = graph.input((width, height, self.config.picture_channels), name="picture")
         graph.output(self.conv1(self.encoder(picture)), name="moments")
         return graph
+
+    def encoder_tiled_bytes(self, height: int, width: int) -> int:
+        """Of the widest maps when a picture of that size is encoded in tiles."""
+        return 4 * 2 * self.config.channels[0] * height * width
 
     def decode(
         self, backend: Backend, latents: NDArray[np.float32], compute: Compute = Graph.compute,

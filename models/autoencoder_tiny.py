@@ -167,7 +167,7 @@ class TinyAutoencoder(Module):
         graph.output(self._frames(latents, lambda operation, *frames, halo: operation(*frames)), name="picture")
         return graph
 
-    def tiled_bytes(self, height: int, width: int) -> int:
+    def decoder_tiled_bytes(self, height: int, width: int) -> int:
         """Of the widest maps when a picture of that size is decoded in tiles."""
         return 4 * 2 * self.config.channels[0] * height * width
 

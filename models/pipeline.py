@@ -254,7 +254,7 @@ class Pipeline(ABC):
         self, prompt: str, *, negative_prompt: str | None = "", height: int | None = None, width: int | None = None,
         cfg_scale: float | None = None, method: str = "euler", num_images_per_prompt: int = 1,
         encode_image: bool = False, reference_images: Sequence[Path | Image.Image] = (), layers: int | None = None,
-        preview: Mode | None = None, cache: StepCache | None = None,
+        preview: Mode | None = None, cache: StepCache | None = None, num_inference_steps: int | None = None,
     ) -> list[Phase]:  # fmt: skip
         """The graphs that a call with these arguments computes, in order, measured; for models.prediction.predict.
         `preview`: None for none.
@@ -286,8 +286,7 @@ class Pipeline(ABC):
 
     def _all_phases(self, before: list[Phase], picture: list[Phase], n_pictures: int) -> list[Phase]:
         """Those before the first picture, and those of all pictures: what stays is there from the first on."""
-        again = [replace(phase, buffer=0, stays=False) if phase.stays else phase for phase in picture]
-        return before + picture + (again if n_pictures > 1 else [])
+        return before + picture + (once_more(picture) if n_pictures > 1 else [])
 
     def _foresee(self, times: Sequence[float]) -> None:
         """Told before the steps at which noise levels the transformer will be asked, in order."""
@@ -871,9 +870,20 @@ class Pipeline(ABC):
             extra = 16 * n_pixels  # bytes: three floats, and whether each is finite
             part = self._decoder_for(mode if name == "preview" else None)
             if self.vae_tile:  # and the widest layers of the whole picture in memory of our own
-                extra += part.module.tiled_bytes(SIZE_MULTIPLE * h, SIZE_MULTIPLE * w)
+                extra += part.module.decoder_tiled_bytes(SIZE_MULTIPLE * h, SIZE_MULTIPLE * w)
                 h, w = min(h, self.vae_tile[0]), min(w, self.vae_tile[1])
             found.append(Phase.of(name, part.module.decoder_graph(part.backend, h, w), spans, extra=extra))
+        return found
+
+    def _encoder_phases(self, sizes: Sequence[tuple[int, int]], spans: Sequence[Span]) -> list[Phase]:
+        """The encoder's graphs for pictures of these sizes, (height, width)."""
+        found = []
+        for h, w in sizes:
+            part, extra = self._reader(), 28 * h * w  # bytes: three floats, twice, and what was read
+            if self.vae_tile:  # as when decoding
+                extra += part.module.encoder_tiled_bytes(h, w)
+                h, w = (min(side, SIZE_MULTIPLE * t) for side, t in zip((h, w), self.vae_tile, strict=True))
+            found.append(Phase.of("image encoder", part.module.encoder_graph(part.backend, h, w), spans, extra=extra))
         return found
 
     def _stream(self, graph: Graph) -> Stream | None:
@@ -907,6 +917,11 @@ def check_size(width: int, height: int) -> None:
     for name, side in (("width", width), ("height", height)):
         if not isinstance(side, int) or not 16 <= side <= MAX_SIDE or side % SIZE_MULTIPLE:
             raise ValueError(f"{name} must be a multiple of {SIZE_MULTIPLE} in 16..{MAX_SIDE}, not {side}")
+
+
+def once_more(phases: Sequence[Phase]) -> list[Phase]:
+    """The same graphs as before: what stays is there."""
+    return [replace(phase, buffer=0, stays=False) if phase.stays else phase for phase in phases]
 
 
 def _latents(values: Float32, shape: tuple[int, ...]) -> Float32:

@@ -18,7 +18,7 @@ from loader.placement import Plan, device_of, plan_params
 from pyggml import Backend, Buffer, BufferType, Context, Graph, Tensor
 from pyggml.lib import ffi
 
-from .residency import Policy, Span, Use, margin, spans_of, uses_of
+from .residency import Policy, Range, Span, Use, margin, spans_of, uses_of
 from .room import Room
 
 _FIRST_BASE = 1 << 44  # where stand-ins say that the first file is mapped; the next one is as far behind it
@@ -94,8 +94,8 @@ class MergedStandIn(Merged):
 
 @dataclass(frozen=True)
 class Phase:
-    """One graph of a run. `stays`: its compute buffer is kept until the end; `n_rows`: how many different rows it takes
-    of tables; `extra`: bytes of arrays beside the graph.
+    """One graph of a run. `stays`: it is kept, and its compute buffer, until the end; `n_rows`: how many different rows
+    it takes of tables; `extra`: bytes of arrays beside the graph.
     """
 
     name: str
@@ -165,6 +165,7 @@ def predict(
         free, source = max(0, limit - private), "the limit that was set"
     policy = Policy()
     taken, work = copied, 0  # private bytes beside those of the beginning
+    live: set[Range] = set()  # of graphs that stay
     touched: dict[str, int] = {}  # tables: they are not among what the policy knows
     found: list[PhasePrediction] = []
     fits = copied <= free
@@ -174,7 +175,7 @@ def predict(
         left = max(0, free - now)
         left -= margin(left)
         held = policy.n_held
-        decision = policy.enter(phase.uses, left if mapped > left else sys.maxsize)
+        decision = policy.enter(phase.uses, left if mapped > left else sys.maxsize, live)
         stream = decision.stream
         fits = fits and now <= free and (stream is None or stream.kept + stream.window <= free - now)
         touched[phase.name] = max(touched.get(phase.name, 0), phase.n_rows * _ROW)
@@ -186,6 +187,7 @@ def predict(
         ))  # fmt: skip
         if phase.stays:
             taken += phase.buffer
+            live.update(r for _, ranges in phase.uses for r in ranges)
     return Prediction(
         tuple(found), max((p.rss for p in found), default=0), max((p.private for p in found), default=0), free, source,
         fits,

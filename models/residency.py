@@ -3,7 +3,8 @@
 A graph says which weights it reads and in which order; nothing here knows names or models.
 
 - Room for everything: nothing is done. That is decided before a graph runs that is not the one that ran last.
-- Room for this graph's weights, but not beside those of graphs before it: the ones used longest ago are given back.
+- Room for this graph's weights, but not beside those of graphs before it: those of graphs that are closed by now are
+  given back, all of them, and of the others the ones used longest ago, no more than needed.
 - No room for this graph's weights: it runs in pieces. Some pieces stay for good, evenly spread; each of the others is
   read while those before it compute, and given back when it has been used. A cyclic scan through a cache that is too
   small finds nothing in it; so this reads, in each pass, only what does not fit.
@@ -19,7 +20,7 @@ import threading
 import time
 import weakref
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
@@ -110,12 +111,18 @@ class Policy:
         """Bytes that are held."""
         return total(self.held)
 
-    def enter(self, uses: Sequence[Use], room: int) -> Decision:
-        """A graph with these uses is about to run, and weights may take `room` bytes."""
+    def enter(self, uses: Sequence[Use], room: int, live: Collection[Range]) -> Decision:
+        """A graph with these uses is about to run, and weights may take `room` bytes; `live`: graphs that are open may
+        ask for them again.
+        """
         ranges = dict.fromkeys(r for _, group in uses for r in group)
         others = [r for r in self.held if r not in ranges]
         need, left = total(ranges), total(others)
         give_back: list[Range] = []
+        if need + left > room:  # idle pages in a full memory are what the system takes first, or others lack
+            give_back = [r for r in others if r not in live]
+            others = [r for r in others if r in live]
+            left = total(others)
         for r in others:
             if need + left <= room:
                 break
@@ -345,10 +352,10 @@ class Residency:
         for weights in self._untold:
             self.policy.held |= dict.fromkeys(ranges_of(weights, self._spans))
         self._untold.clear()
-        if graph not in self._uses:
-            self._uses[graph] = uses_of(graph, self._spans)
-        uses = self._uses[graph]
-        decision = self.policy.enter(uses, room)
+        uses = self._uses_of(graph)
+        still_open = [other for other in self._ran if not other.closed]
+        live = {r for other in still_open for _, ranges in self._uses_of(other) for r in ranges}
+        decision = self.policy.enter(uses, room, live)
         self._give_back(decision.give_back)
         stream = self._stream = decision.stream
         if stream is None:
@@ -366,6 +373,11 @@ class Residency:
         else:  # the last one is the one that counts
             self.report.streams.remove(known)
             self.report.streams.append(known)
+
+    def _uses_of(self, graph: Graph) -> list[Use]:
+        if graph not in self._uses:
+            self._uses[graph] = uses_of(graph, self._spans)
+        return self._uses[graph]
 
     def _say(self, text: str) -> None:
         if text not in self.report.decisions:

@@ -156,9 +156,11 @@ def _predict(
     from .plan import predict_run
 
     preview = None if args.preview == "none" else args.preview
+    steps = args.sigmas.count(",") if args.sigmas else args.steps
     return predict_run(
-        pipe, prompt, **shape, encode_image=args.init_img is not None, preview=preview, cache=controls.get("cache")
-    )
+        pipe, prompt, **shape, encode_image=args.init_img is not None, preview=preview, cache=controls.get("cache"),
+        num_inference_steps=steps,
+    )  # fmt: skip
 
 
 def _show_plan(

@@ -25,11 +25,11 @@ from ..component import Component, Load, opening
 from ..devices import Module, places
 from ..guidance import Guidance, QwenImageGuidance
 from ..lora import ApplyMode
-from ..pipeline import Compat, Float32, Path, Pipeline, Pixels, check_decoders, check_size
+from ..pipeline import Compat, Float32, Path, Pipeline, Pixels, check_decoders, check_size, once_more
 from ..prediction import Phase, all_spans
 from ..preview import Mode
 from ..rng import RNG
-from ..sampler import find_sampler
+from ..sampler import evaluated, find_sampler
 from ..step_cache import Blocks, Cut, StepCache
 from ..tokenizer import Tokenizer
 from . import prompt as prompts
@@ -405,7 +405,7 @@ class QwenImagePipeline(Pipeline):
         self, prompt: str, *, negative_prompt: str | None = "", height: int | None = None, width: int | None = None,
         cfg_scale: float | None = None, method: str = "euler", num_images_per_prompt: int = 1,
         encode_image: bool = False, reference_images: Sequence[Path | Image.Image] = (), layers: int | None = None,
-        preview: Mode | None = None, cache: StepCache | None = None,
+        preview: Mode | None = None, cache: StepCache | None = None, num_inference_steps: int | None = None,
     ) -> list[Phase]:  # fmt: skip
         self._check_asked(len(reference_images), layers, encode_image)
         pictures = [self._read_reference(source) for source in reference_images]
@@ -435,18 +435,22 @@ class QwenImagePipeline(Pipeline):
             graph = self.text_encoder.module.graph(self.text_encoder.backend, len(ids), sum(n_rows), dropped)
             found.append(Phase.of("text encoder", graph, spans, n_rows=len(set(ids))))
             lengths.append(len(ids) - n_dropped)
-        for wide, high in [*others, *([(width, height)] if encode_image else [])]:
-            graph = self._reader().module.encoder_graph(self._reader().backend, high, wide)
-            found.append(Phase.of("image encoder", graph, spans, extra=28 * high * wide))  # bytes, floats twice
+        read = [*others, *([(width, height)] if encode_image else [])]
+        found += self._encoder_phases([(high, wide) for wide, high in read], spans)
         at = self.transformer.backend
         found += [Phase.of("text's projection", dit.context_graph(at, n), spans) for n in lengths]
-        held = net.TIMES_AT_ONCE * 4 * dit.config.dim * (2 * net.N_MOD * dit.config.n_layers + 2)
-        found.append(Phase.of("modulation", dit.modulation_graph(at, net.TIMES_AT_ONCE), spans, extra=held))
+        n_steps = self.default_steps if num_inference_steps is None else num_inference_steps
+        n_levels = len(set(evaluated(method, np.linspace(1, 0, n_steps + 1, dtype=np.float32))))
+        n_at_once = min(n_levels, net.TIMES_AT_ONCE - 1) + dit.config.zero_cond_t
+        held = n_at_once * 4 * dit.config.dim * (2 * net.N_MOD * dit.config.n_layers + 2)
+        modulation = Phase.of("modulation", dit.modulation_graph(at, n_at_once), spans, extra=held)
         n_patches = n_frames * math.prod(target)
         n_others = sum(wide // 16 * (high // 16) for wide, high in others)
-        picture_phases = self._step_phases(lengths, cache, spans, lambda n: (n_patches, n, n_others), extra=held)
-        picture_phases += self._decoder_phases(width, height, spans, preview)
-        return self._all_phases(found, picture_phases, num_images_per_prompt)
+        steps = self._step_phases(lengths, cache, spans, lambda n: (n_patches, n, n_others), extra=held)
+        if n_levels >= net.TIMES_AT_ONCE:  # then the next levels
+            steps += [modulation, *once_more(steps)]
+        picture_phases = steps + self._decoder_phases(width, height, spans, preview)
+        return self._all_phases([*found, modulation], picture_phases, num_images_per_prompt)
 
 
 def _sides(picture: Pixels) -> tuple[int, int]:

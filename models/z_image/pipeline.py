@@ -224,7 +224,7 @@ class ZImagePipeline(Pipeline):
         self, prompt: str, *, negative_prompt: str | None = "", height: int | None = None, width: int | None = None,
         cfg_scale: float | None = None, method: str = "euler", num_images_per_prompt: int = 1,
         encode_image: bool = False, reference_images: Sequence[Path | Image.Image] = (), layers: int | None = None,
-        preview: Mode | None = None, cache: StepCache | None = None,
+        preview: Mode | None = None, cache: StepCache | None = None, num_inference_steps: int | None = None,
     ) -> list[Phase]:  # fmt: skip
         self._check_asked(len(reference_images), layers, encode_image)
         width = self.default_size if width is None else width
@@ -238,9 +238,7 @@ class ZImagePipeline(Pipeline):
         dit: ZImageTransformer = self.transformer.module
         encoder_graph = partial(self.text_encoder.module.graph, self.text_encoder.backend)
         found = [Phase.of("text encoder", encoder_graph(len(x)), spans, n_rows=len(set(x))) for x in ids]
-        if encode_image:
-            graph = self._reader().module.encoder_graph(self._reader().backend, height, width)
-            found.append(Phase.of("image encoder", graph, spans, extra=16 * height * width))  # bytes, as the decoder's
+        found += self._encoder_phases([(height, width)] if encode_image else [], spans)
         found += [Phase.of("caption refiner", dit.context_graph(self.transformer.backend, n), spans) for n in lengths]
         picture = self._step_phases([*map(net.padded, lengths)], cache, spans, lambda n: (n_patches, n))
         picture += self._decoder_phases(width, height, spans, preview)
