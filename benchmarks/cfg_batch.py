@@ -11,18 +11,14 @@ from __future__ import annotations
 
 import argparse
 import time
-from pathlib import Path
 from statistics import median
+
+from disk import disk_bytes
 
 import models
 from studio.cli import _size
 
 PROMPTS = {"prompt": "a photo of a red fox in the snow, early morning light, film grain", "negative_prompt": "blurry"}
-
-
-def disk_bytes() -> int:
-    text = Path("/proc/self/io").read_text()
-    return int(next(line for line in text.splitlines() if line.startswith("read_bytes")).split()[1])
 
 
 def main() -> None:

@@ -33,28 +33,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+from disk import computing_faults, disk_bytes
+
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 FILES = ("dit", "llm", "vae")
 PROMPT = "a photo of a red fox in the snow, early morning light, film grain"
-
-
-def computing_faults() -> int:
-    """Major faults of all threads but the one that reads ahead: it is there to have them."""
-    n = 0
-    for task in Path("/proc/self/task").iterdir():
-        try:
-            name, _, rest = (task / "stat").read_text().partition("(")[2].rpartition(")")
-        except OSError:  # it has ended since
-            continue
-        if not name.startswith("pyggml weights"):
-            n += int(rest.split()[9])
-    return n
-
-
-def read_bytes() -> int:
-    rows = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
-    return int(rows["read_bytes"])
 
 
 def child(settings: dict[str, Any]) -> None:
@@ -68,7 +52,7 @@ def child(settings: dict[str, Any]) -> None:
 
         def look() -> list[float]:
             waited = sum(s.waited_seconds for s in pipe.residency.report.streams)
-            return [time.perf_counter(), read_bytes(), computing_faults(), waited]
+            return [time.perf_counter(), disk_bytes(), computing_faults(), waited]
 
         def progress(phase: str, done: int, total: int) -> None:
             if phase != "step":

@@ -7,6 +7,7 @@ arrays of numpy scalars (seconds for a vocabulary), and is not needed for anythi
 from __future__ import annotations
 
 import json
+import math
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Final, NamedTuple
@@ -29,10 +30,7 @@ class Entry(NamedTuple):
 
     @property
     def n_elements(self) -> int:
-        n = 1
-        for d in self.ne:
-            n *= d
-        return n
+        return math.prod(self.ne)
 
 
 class Head(NamedTuple):

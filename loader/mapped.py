@@ -7,6 +7,7 @@ other file can slip in between checking and using.
 from __future__ import annotations
 
 import errno
+import math
 import mmap
 import os
 import stat
@@ -351,10 +352,7 @@ class TensorInfo:
 
     @property
     def n_elements(self) -> int:
-        n = 1
-        for d in self.ne:
-            n *= d
-        return n
+        return math.prod(self.ne)
 
 
 def _identity(info: os.stat_result) -> FileIdentity:

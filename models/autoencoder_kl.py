@@ -10,6 +10,7 @@ Pictures and latents have ne [width, height, channels].
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from loader.errors import LoadError
 from pyggml import Backend, Graph, Tensor, ops
 
 from .compute import Compute
-from .detected import detected
+from .detected import detected, shape
 from .nn import Conv2d, GroupNorm, Module, PixelLinear, attention
 from .tiles import Map, Tiles
 
@@ -55,12 +56,7 @@ class AutoencoderConfig:
     @detected("Flux autoencoder")
     def from_checkpoint(cls, checkpoint: Checkpoint) -> AutoencoderConfig:
         """`checkpoint` under original names. LoadError when it is no Flux autoencoder."""
-
-        def ne(name: str) -> tuple[int, ...]:
-            if name not in checkpoint:
-                raise LoadError("this is no Flux autoencoder: a tensor is missing", path=checkpoint.path, tensor=name)
-            return tuple(checkpoint[name].ne)
-
+        ne = partial(shape, "Flux autoencoder", checkpoint)
         blocks = [n.split(".")[4] for n in checkpoint if n.startswith("decoder.up.0.block.")]
         config = cls(
             channels=tuple(ne(f"decoder.up.{i}.block.0.conv1.weight")[3] for i in _LEVELS),  # type: ignore[arg-type]

@@ -13,6 +13,7 @@ Pictures and latents have ne [width, height, channels].
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -23,7 +24,7 @@ from loader.errors import LoadError
 from pyggml import Backend, Graph, Tensor, ops
 
 from .compute import Compute
-from .detected import detected
+from .detected import detected, shape
 from .nn import ChannelNorm, Conv2d, Module, PixelLinear, attention
 from .tiles import Map, Tiles
 
@@ -78,13 +79,7 @@ class QwenAutoencoderConfig:
     @detected("autoencoder of Qwen-Image")
     def from_checkpoint(cls, checkpoint: Checkpoint) -> QwenAutoencoderConfig:
         """`checkpoint` under original names. LoadError when it is no autoencoder of Qwen-Image."""
-
-        def ne(name: str) -> tuple[int, ...]:
-            if name not in checkpoint:
-                missing = "this is no Qwen-Image autoencoder: a tensor is missing"
-                raise LoadError(missing, path=checkpoint.path, tensor=name)
-            return tuple(checkpoint[name].ne)
-
+        ne = partial(shape, "Qwen-Image autoencoder", checkpoint)
         channels = tuple(max(ne(f"decoder.upsamples.{4 * (3 - i)}.residual.3.gamma")) for i in _LEVELS)
         config = cls(
             channels=channels,  # type: ignore[arg-type]

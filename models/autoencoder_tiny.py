@@ -30,7 +30,7 @@ from pyggml import Backend, Graph, Tensor, ops
 
 from .component import Component, Load, require
 from .compute import Compute
-from .detected import detected
+from .detected import detected, shape
 from .devices import Place
 from .nn import Conv2d, Module, PixelLinear, graph_use
 from .tiles import Map, Tiles
@@ -61,17 +61,7 @@ class TinyConfig:
     @detected("tiny autoencoder")
     def from_checkpoint(cls, checkpoint: Checkpoint) -> TinyConfig:
         """`checkpoint` under original names. LoadError when it is no tiny decoder of pictures."""
-
-        def ne(name: str, n_dimensions: int) -> tuple[int, ...]:
-            if name not in checkpoint:
-                missing = "this is no tiny autoencoder with a decoder: a tensor is missing"
-                raise LoadError(missing, path=checkpoint.path, tensor=name)
-            found = tuple(checkpoint[name].ne)
-            if len(found) != n_dimensions or not all(found):
-                problem = f"this is no tiny autoencoder: its shape is {found}, {n_dimensions} dimensions are expected"
-                raise LoadError(problem, path=checkpoint.path, tensor=name)
-            return found
-
+        ne = partial(shape, "tiny autoencoder with a decoder", checkpoint)
         latent_channels, first = ne("decoder.1.weight", 4)[2:]
         kind: Kind = "TAEHV" if f"decoder.{_GROWS[0]}.conv.weight" in checkpoint else "TAESD"
         (n_out,) = ne(f"decoder.{_N_LAYERS[kind] - 1}.bias", 1)

@@ -34,6 +34,19 @@ def detected(what: str) -> Callable[[Read[Config]], Read[Config]]:
     return decorate
 
 
+def shape(what: str, checkpoint: Checkpoint, name: str, n_dimensions: int | None = None) -> tuple[int, ...]:
+    """ne of a tensor. LoadError that says what the file is not where the tensor is missing or, with `n_dimensions`, has
+    another number of them or a dimension of 0.
+    """
+    if name not in checkpoint:
+        raise LoadError(f"this is no {what}: a tensor is missing", path=checkpoint.path, tensor=name)
+    found = tuple(checkpoint[name].ne)
+    if n_dimensions is not None and (len(found) != n_dimensions or not all(found)):
+        problem = f"this is no {what}: its shape is {found}, {n_dimensions} dimensions are expected"
+        raise LoadError(problem, path=checkpoint.path, tensor=name)
+    return found
+
+
 def n_blocks(checkpoint: Checkpoint, prefix: str) -> int:
     """How many blocks there are, of names `prefix`.0.x, `prefix`.1.x, and so on; LoadError for other numbers."""
     at = prefix.count(".") + 1

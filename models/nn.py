@@ -10,6 +10,9 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import reduce
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from loader.params import Param
 from pyggml import Graph, Tensor, Type, ops
 from pyggml.types import Prec
@@ -135,6 +138,16 @@ class Embedding(Module):
 
     def __call__(self, ids: Tensor) -> Tensor:
         return ops.get_rows(self.weight.tensor, ids)  # ne [n_features, n_ids], f32
+
+    def checked(self, ids: Any) -> NDArray[np.int32]:
+        """Token ids [n] as an array. ValueError for none, and for one that is not in the table."""
+        found: NDArray[np.int32] = np.asarray(ids, np.int32)
+        n_rows = self.weight.ne[1]
+        if found.ndim != 1 or not found.size:
+            raise ValueError(f"token ids are a list of at least one, not of shape {found.shape}")
+        if found.min() < 0 or found.max() >= n_rows:
+            raise ValueError(f"token id {found.max()} is not in the encoder's table of {n_rows} rows")
+        return found
 
 
 class GroupNorm(Module):
@@ -286,6 +299,11 @@ def _plain_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Te
     v = ops.cont(ops.permute(v, 1, 0, 2, 3))  # ne [n_kv, head_dim, n_kv_heads]
     y = ops.mul_mat(v, scores, prec=_sums_in(q))  # ne [head_dim, n_tokens, n_heads]
     return ops.cont(ops.permute(y, 0, 2, 1, 3))
+
+
+def causal_mask(n: int) -> NDArray[np.float16]:
+    """For `attention`, numpy [n, n]: no token sees one that follows it."""
+    return np.triu(np.full((n, n), -np.inf, np.float16), 1)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, headroom: float = 1.0) -> Tensor:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from math import ceil, floor, sqrt
 from typing import Any
 
@@ -23,7 +24,7 @@ from loader.params import Param
 from pyggml import Backend, Graph, Tensor, Type, ops
 
 from .compute import Compute
-from .detected import detected, n_blocks
+from .detected import detected, n_blocks, shape
 from .nn import Linear, Module, RMSNorm, attention, graph_use, linear, linear_gelu
 
 MERGE = 2  # patches along a side of what becomes one row
@@ -74,13 +75,7 @@ class VisionConfig:
     @detected("vision tower of Qwen2.5-VL")
     def from_checkpoint(cls, checkpoint: Checkpoint) -> VisionConfig:
         """`checkpoint` under llama.cpp's names. LoadError when it is no vision tower of Qwen2.5-VL."""
-
-        def ne(name: str) -> tuple[int, ...]:
-            if name not in checkpoint:
-                missing = "this is no Qwen2.5-VL vision tower: a tensor is missing"
-                raise LoadError(missing, path=checkpoint.path, tensor=name)
-            return tuple(checkpoint[name].ne)
-
+        ne = partial(shape, "Qwen2.5-VL vision tower", checkpoint)
         meta, config = checkpoint.metadata, checkpoint.config.get("vision_config") or {}
         n_layers = n_blocks(checkpoint, "v.blk")
         every = int(meta.get("clip.vision.n_wa_pattern") or 8)

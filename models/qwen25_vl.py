@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,9 +21,9 @@ from loader.errors import LoadError
 from pyggml import Backend, Graph, Tensor, Type, ops
 
 from .compute import Compute
-from .detected import detected, n_blocks
+from .detected import detected, n_blocks, shape
 from .lora import Naming, extra_nodes
-from .nn import Embedding, Linear, Module, RMSNorm, attention
+from .nn import Embedding, Linear, Module, RMSNorm, attention, causal_mask
 from .qwen3 import ALIASES
 
 IMAGE_PAD = 151655  # <|image_pad|>
@@ -63,12 +64,9 @@ class Qwen25VLConfig:
 
         Shapes do not tell the size of a head: the metadata or config.json does, else it is 128 as in every Qwen2.5-VL.
         """
-        for name in ("token_embd.weight", "blk.0.attn_q.bias", "blk.0.attn_k.bias", "blk.0.ffn_gate.weight"):
-            if name not in checkpoint:
-                missing = "this is no Qwen2.5-VL text encoder: a tensor is missing"
-                raise LoadError(missing, path=checkpoint.path, tensor=name)
-        dim, n_vocab = checkpoint["token_embd.weight"].ne[:2]
-        n_q, n_kv = (checkpoint[f"blk.0.attn_{x}.bias"].ne[0] for x in "qk")
+        ne = partial(shape, "Qwen2.5-VL text encoder", checkpoint)
+        dim, n_vocab = ne("token_embd.weight")[:2]
+        n_q, n_kv = (ne(f"blk.0.attn_{x}.bias")[0] for x in "qk")
         found = _settings(checkpoint)
         head_dim = n_q // int(found["n_heads"]) if found.get("n_heads") else 128
         usual = (head_dim // 8, head_dim // 16 * 3, head_dim // 16 * 3)
@@ -82,7 +80,7 @@ class Qwen25VLConfig:
             n_heads=n_q // head_dim,
             n_kv_heads=n_kv // head_dim,
             head_dim=head_dim,
-            ff_dim=checkpoint["blk.0.ffn_gate.weight"].ne[1],
+            ff_dim=ne("blk.0.ffn_gate.weight")[1],
             n_vocab=n_vocab,
             sections=(sections[0], sections[1], sections[2]),
             rope_theta=float(found.get("rope_theta") or cls.rope_theta),
@@ -185,11 +183,7 @@ class Qwen25VL(Module):
         unless given (see `grid_positions`). ValueError for an id outside the table, another number of images' rows, or
         too little left.
         """
-        ids = np.asarray(ids, np.int32)
-        if ids.ndim != 1 or not ids.size:
-            raise ValueError(f"token ids are a list of at least one, not of shape {ids.shape}")
-        if ids.min() < 0 or ids.max() >= self.config.n_vocab:
-            raise ValueError(f"token id {ids.max()} is not in the encoder's table of {self.config.n_vocab} rows")
+        ids = self.token_embd.checked(ids)
         if not 0 <= n_dropped < len(ids):
             raise ValueError(f"{n_dropped} of {len(ids)} tokens cannot be dropped")
         n, places = len(ids), np.flatnonzero(ids == image_pad) if images is not None else np.zeros(0)
@@ -200,7 +194,7 @@ class Qwen25VL(Module):
         inputs: dict[str, Any] = {
             "ids": ids,
             "position": np.concatenate([*axes, np.zeros(n)]).astype(np.int32),
-            "mask": np.triu(np.full((n, n), -np.inf, np.float16), 1),
+            "mask": causal_mask(n),
         }
         if len(places):
             inputs |= {"images": images, "places": places.astype(np.int32)}

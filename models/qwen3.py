@@ -9,18 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
 from loader.checkpoint import Checkpoint
-from loader.errors import LoadError
 from pyggml import Backend, Graph, Tensor, Type, ops
 
 from .compute import Compute
-from .detected import detected, n_blocks
+from .detected import detected, n_blocks, shape
 from .lora import Naming, extra_nodes
-from .nn import Embedding, Linear, Module, RMSNorm, attention
+from .nn import Embedding, Linear, Module, RMSNorm, attention, causal_mask
 from .rope import apply_rope
 
 RENAMES: list[tuple[str, str | None]] = [
@@ -65,20 +65,17 @@ class Qwen3Config:
     @detected("Qwen3 text encoder")
     def from_checkpoint(cls, checkpoint: Checkpoint) -> Qwen3Config:
         """`checkpoint` under llama.cpp's names. LoadError when it is no Qwen3."""
-        for name in ("token_embd.weight", "blk.0.attn_q.weight", "blk.0.attn_k.weight", "blk.0.attn_q_norm.weight",
-                     "blk.0.ffn_gate.weight"):  # fmt: skip
-            if name not in checkpoint:
-                raise LoadError("this is no Qwen3 text encoder: a tensor is missing", path=checkpoint.path, tensor=name)
-        dim, n_vocab = checkpoint["token_embd.weight"].ne[:2]
-        head_dim = checkpoint["blk.0.attn_q_norm.weight"].ne[0]
+        ne = partial(shape, "Qwen3 text encoder", checkpoint)
+        dim, n_vocab = ne("token_embd.weight")[:2]
+        head_dim = ne("blk.0.attn_q_norm.weight")[0]
         meta = {**checkpoint.metadata, **_from_config_json(checkpoint)}
         return cls(
             dim=dim,
             n_layers=n_blocks(checkpoint, "blk"),
-            n_heads=checkpoint["blk.0.attn_q.weight"].ne[1] // head_dim,
-            n_kv_heads=checkpoint["blk.0.attn_k.weight"].ne[1] // head_dim,
+            n_heads=ne("blk.0.attn_q.weight")[1] // head_dim,
+            n_kv_heads=ne("blk.0.attn_k.weight")[1] // head_dim,
             head_dim=head_dim,
-            ff_dim=checkpoint["blk.0.ffn_gate.weight"].ne[1],
+            ff_dim=ne("blk.0.ffn_gate.weight")[1],
             n_vocab=n_vocab,
             rope_theta=float(meta.get("qwen3.rope.freq_base", cls.rope_theta)),
             norm_eps=float(meta.get("qwen3.attention.layer_norm_rms_epsilon", cls.norm_eps)),
@@ -156,13 +153,8 @@ class Qwen3(Module):
         self, backend: Backend, ids: NDArray[np.int32], compute: Compute = Graph.compute
     ) -> NDArray[np.float32]:
         """Hidden states of token `ids` [n_tokens]: float32 [n_tokens, dim]. ValueError for an id outside the table."""
-        ids = np.asarray(ids, np.int32)
-        if ids.ndim != 1 or not ids.size:
-            raise ValueError(f"token ids are a list of at least one, not of shape {ids.shape}")
-        if ids.min() < 0 or ids.max() >= self.config.n_vocab:
-            raise ValueError(f"token id {ids.max()} is not in the encoder's table of {self.config.n_vocab} rows")
+        ids = self.token_embd.checked(ids)
         n = len(ids)
         with self.graph(backend, n) as graph:
-            mask = np.triu(np.full((n, n), -np.inf, np.float16), 1)
-            hidden = compute(graph, ids=ids, position=np.arange(n, dtype=np.int32), mask=mask)["hidden"]
+            hidden = compute(graph, ids=ids, position=np.arange(n, dtype=np.int32), mask=causal_mask(n))["hidden"]
         return np.asarray(hidden).reshape(n, self.config.dim)  # numpy shapes lose a leading one

@@ -369,12 +369,7 @@ class Graph(Context):
     def _single_nodes(self) -> Any:
         if isinstance(self.backend, SplitBackend):
             raise GGMLError(f"{self.backend!r} computes whole graphs, no single nodes")
-        self.alloc()
-        for ctx in self.uses.values():
-            ctx.check_open()
-        self._check_rows()
-        self.backend.check_usable()
-        lib.pyggml_set_flag(self.backend.cancel_flag, 0)
+        self._begin()
         nodes = self.nodes
         with Context(n_tensors=8 * len(nodes) + 64) as arena:
             for node in nodes:

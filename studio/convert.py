@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import argparse
 import sys
-from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from .generate import screen
+from .bars import Bars
 from .loras import parse_option
 
 if TYPE_CHECKING:
@@ -31,7 +30,7 @@ def convert(args: argparse.Namespace) -> int:
     importance = read_importance(args.imat_in) if args.imat_in else None
     # Without a change of types a safetensors file stays as it is, its scale tensors too.
     raw = format == "safetensors" and kind is None and not rules and not args.lora
-    with open_checkpoint(source, raw=raw) as checkpoint, _Bars() as bars:
+    with open_checkpoint(source, raw=raw) as checkpoint, Bars(unit="B", unit_scale=True, leave=False) as bars:
         changes = _merged(checkpoint, args.lora) if args.lora else {}
         report = save_checkpoint(
             checkpoint, args.output, type=kind, rules=rules, importance=importance, changes=changes,
@@ -67,32 +66,3 @@ def _merged(checkpoint: Checkpoint, options: list[str]) -> dict[str, Change]:
 
 def _size(n_bytes: int) -> str:
     return f"{n_bytes / 1e9:.2f} GB" if n_bytes >= 1e9 else f"{n_bytes / 1e6:.2f} MB"
-
-
-class _Bars:
-    """A bar of bytes for each phase, on a terminal; nothing elsewhere."""
-
-    def __init__(self) -> None:
-        self._bar: Any = None
-
-    def __call__(self, phase: str, done: int, total: int) -> None:
-        from tqdm import tqdm
-
-        if done == 0:
-            self._end()
-            self._bar = tqdm(
-                total=total, desc=f"{phase:8}", unit="B", unit_scale=True, disable=None, leave=False, **screen()
-            )
-        elif self._bar is not None:
-            self._bar.update(done - self._bar.n)
-
-    def _end(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None
-
-    def __enter__(self) -> _Bars:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        self._end()

@@ -12,10 +12,10 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from . import compare, loras, sampling
+from .bars import Bars
 
 if TYPE_CHECKING:
     from loader.lora import LoraReport
@@ -188,7 +188,8 @@ def _prompt(args: argparse.Namespace) -> str:
         raise ValueError("the prompt is given twice, as an argument and with -p")
     prompt = args.prompt if args.prompt_option is None else args.prompt_option
     if prompt is None:
-        raise ValueError("what to draw? Give a prompt, such as: pyggml generate 'a red circle on a blue background'")
+        example = f"pyggml {args.command} 'a red circle on a blue background'"
+        raise ValueError(f"what to draw? Give a prompt, such as: {example}")
     for name, text in (("prompt", prompt), ("negative prompt", args.negative_prompt)):
         # Bytes of the command line that are no UTF-8 arrive as halves of surrogate pairs.
         if any("\ud800" <= c <= "\udfff" for c in text):
@@ -439,45 +440,15 @@ def _quoted(value: str) -> str:
     return json.dumps(value, ensure_ascii=False) if any(c in value for c in ',:"\n') else value
 
 
-def screen() -> dict[str, Any]:
-    """Size of the terminal on stderr, as tqdm's options; some say 0, and tqdm would then show nothing."""
-    try:
-        size = os.get_terminal_size(sys.stderr.fileno())
-    except (OSError, ValueError):
-        size = os.terminal_size((80, 24))
-    return {"ncols": size.columns or 80, "nrows": size.lines or 24}
-
-
-class _Bars:
-    """A progress bar for each phase, on a terminal; nothing elsewhere."""
-
-    FORMAT = "{desc:14} {bar} {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_inv_fmt}]"
+class _Bars(Bars):
+    """With the number of the picture that is drawn."""
 
     def __init__(self, n_images: int) -> None:
+        super().__init__(bar_format="{desc:14} {bar} {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_inv_fmt}]")
         self.n_images = n_images
         self.image = 0
-        self._bar: Any = None
 
     def __call__(self, phase: str, done: int, total: int) -> None:
-        from tqdm import tqdm
-
-        if done == 0:
-            self._end()
-            name = f"{phase} {self.image + 1}/{self.n_images}" if phase == "step" and self.n_images > 1 else phase
-            self._bar = tqdm(total=total, desc=name, bar_format=self.FORMAT, disable=None, **screen())
-        elif self._bar is not None:
-            self._bar.update(done - self._bar.n)
-            if done == total:
-                self._end()
-                self.image += phase == "decode"
-
-    def _end(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None
-
-    def __enter__(self) -> _Bars:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        self._end()
+        several = phase == "step" and self.n_images > 1
+        super().__call__(f"{phase} {self.image + 1}/{self.n_images}" if several else phase, done, total)
+        self.image += phase == "decode" and 0 < done == total

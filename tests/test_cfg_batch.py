@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from PIL import Image
-from tiny_models import write_tiny_models, write_tiny_qwen
+from tiny_models import as_options, write_tiny_models, write_tiny_qwen
 
 import models
 from models.devices import Place
@@ -25,20 +25,9 @@ SMALL: dict[str, Any] = {"width": 48, "height": 32, "num_inference_steps": 2, "o
 PROMPTS: dict[str, Any] = {"prompt": "a red circle on blue", "negative_prompt": "red"}  # of different lengths
 
 
-@pytest.fixture(scope="module")
-def backend() -> Iterator[Backend]:
-    with Backend.cpu(1) as backend:
-        yield backend
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return write_tiny_qwen(tmp_path_factory.mktemp("tiny"))
-
-
 @pytest.fixture
-def pipe(files: dict[str, Path], backend: Backend) -> Iterator[Any]:
-    with models.load(**files, backend=backend) as pipe:
+def pipe(qwen_files: dict[str, Path], backend: Backend) -> Iterator[Any]:
+    with models.load(**qwen_files, backend=backend) as pipe:
         yield pipe
 
 
@@ -56,7 +45,7 @@ def error(actual: NDArray[Any], expected: NDArray[Any]) -> float:
     "case", ["text", "odd sides", "references", "at time 0", "layers", "LoRA", "cfg++", "inpainting"]
 )
 def test_the_same_numbers(
-    files: dict[str, Path], backend: Backend, tmp_path: Path, case: str, monkeypatch: pytest.MonkeyPatch
+    qwen_files: dict[str, Path], backend: Backend, tmp_path: Path, case: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("models.qwen_image.references.AUTOENCODER_AREA", 64 * 64)
     monkeypatch.setattr("models.qwen_image.references.TOWER_AREA", 56 * 56)
@@ -68,10 +57,10 @@ def test_the_same_numbers(
         "cfg++": {"method": "euler_cfg_pp"}, "inpainting": {"init_image": pictures[0], "mask_image": pictures[1]},
     }.get(case, {})  # fmt: skip
     if case == "layers":
-        files = write_tiny_qwen(tmp_path, layered=True)
+        qwen_files = write_tiny_qwen(tmp_path, layered=True)
     variant = {"at time 0": "2511", "references": "2509"}.get(case)
     options = {"variant": variant} if variant else {}
-    with models.load(**files, backend=backend, encoder=True, **options) as pipe:
+    with models.load(**qwen_files, backend=backend, encoder=True, **options) as pipe:
         if case == "LoRA":
             from test_lora_qwen import BLOCK, simple
 
@@ -124,12 +113,12 @@ def test_without_memory_for_both(pipe: Any, monkeypatch: pytest.MonkeyPatch, cap
 
 
 def test_on_a_device_that_weights_come_to_in_each_step(
-    files: dict[str, Path], backend: Backend, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    qwen_files: dict[str, Path], backend: Backend, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The device is a second backend of the processor that is treated as if its memory were another."""
     monkeypatch.setattr(Place, "offloads", True)
     with Backend.cpu(1) as device, models.load(
-        **files, backend=device, max_vram=1 << 30, params_backend="cpu"
+        **qwen_files, backend=device, max_vram=1 << 30, params_backend="cpu"
     ) as pipe:  # fmt: skip
         pipe.cfg_batch = "auto"
         roomy = pipe(**PROMPTS, **SMALL)
@@ -171,9 +160,9 @@ def test_z_image(tmp_path: Path, backend: Backend, size: tuple[int, int]) -> Non
                 assert error(found, pipe._velocity(x, 0.5, contexts[i])) <= 1e-5
 
 
-def test_on_the_command_line(files: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_on_the_command_line(qwen_files: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     report = tmp_path / "report.json"
-    model = ["--diffusion-model", str(files["diffusion_model"]), "--llm", str(files["llm"]), "--vae", str(files["vae"])]
+    model = as_options(qwen_files)
     for option, how in (("on", "both in one graph: as asked"), ("off", "one after the other: as asked")):
         code = cli.main(["generate", "a", "-o", str(tmp_path / "x.png"), "--report", str(report), "-W", "32",
                          "-H", "32", "--steps", "1", "-t", "1", "--cfg-batch", option, *model])  # fmt: skip

@@ -260,7 +260,7 @@ def test_log_lines_are_those_that_people_grep(in_folder: Path) -> None:
 # -- refusals ---------------------------------------------------------------------------------------------------------
 
 BAD_OPTIONS = {
-    "no prompt": ([], "what to draw"),
+    "no prompt": ([], "what to draw? Give a prompt, such as: pyggml generate 'a red circle"),
     "two prompts": (["a", "-p", "b"], "given twice"),
     "three prompts": (["a", "b"], "unrecognized arguments: b"),
     "prompt of bytes": (["\udcff"], "the prompt is no valid UTF-8 text"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,6 @@ from pyggml import Backend
 
 Tensors = dict[str, NDArray[Any]]
 WRITERS: dict[str, Callable[[Path], dict[str, Path]]] = {"z_image": write_tiny_models, "qwen_image": write_tiny_qwen}
-
-
-@pytest.fixture(scope="module")
-def backend() -> Iterator[Backend]:
-    with Backend.cpu(1) as backend:
-        yield backend
 
 
 def loads(files: dict[str, Path], backend: Backend) -> str:

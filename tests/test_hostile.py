@@ -8,7 +8,6 @@ import random
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +26,6 @@ GOOD = {f"gguf {name}": data for name, data in gguf_cases.ACCEPTED.items()} | {
 # the catalogue's rows that are files (docs/loading.md); letters after a number are cases that we added
 GGUF_ROWS = {*range(1, 40), *range(41, 72)}
 SAFETENSORS_ROWS = {*range(1, 62)}
-
-
-@pytest.fixture(scope="module")
-def backend() -> Iterator[Backend]:
-    with Backend.cpu(1) as backend:
-        yield backend
 
 
 def test_the_catalogue_is_complete() -> None:

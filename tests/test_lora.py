@@ -60,12 +60,6 @@ def native(name: str) -> str:
     return name
 
 
-@pytest.fixture(scope="module")
-def backend() -> Iterator[Backend]:
-    with Backend.cpu(1) as backend:
-        yield backend
-
-
 def fuse(tensors: Mapping[str, NDArray[Any]]) -> Arrays:
     """A transformer of diffusers' names as a single-file one: other names, q, k and v in one matrix."""
     result: Arrays = {}

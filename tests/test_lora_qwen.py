@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
-from tiny_models import write_tiny_qwen
+from tiny_models import as_options, write_tiny_qwen
 
 import models
 from loader.errors import LoadError
@@ -45,21 +45,10 @@ LIGHTNING = "Qwen-Image-Lightning-4steps-V1.0-bf16.safetensors"
 
 
 @pytest.fixture(scope="module")
-def backend() -> Iterator[Backend]:
-    with Backend.cpu(1) as backend:
-        yield backend
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return write_tiny_qwen(tmp_path_factory.mktemp("tiny"))
-
-
-@pytest.fixture(scope="module")
-def pipes(files: dict[str, Path], backend: Backend) -> Iterator[dict[str, QwenImagePipeline]]:
+def pipes(qwen_files: dict[str, Path], backend: Backend) -> Iterator[dict[str, QwenImagePipeline]]:
     """By how LoRAs are applied."""
     modes = ("at_runtime", "immediately")
-    opened: dict[str, Any] = {mode: models.load(**files, backend=backend, lora_apply_mode=mode) for mode in modes}
+    opened: dict[str, Any] = {mode: models.load(**qwen_files, backend=backend, lora_apply_mode=mode) for mode in modes}
     yield opened
     for pipe in opened.values():
         pipe.close()
@@ -266,7 +255,7 @@ def test_vectors_and_other_forms(pipes: dict[str, QwenImagePipeline], tmp_path: 
         pipe.unload_lora_weights()
 
 
-def test_edit_and_zero_cond_t(files: dict[str, Path], backend: Backend, tmp_path: Path) -> None:
+def test_edit_and_zero_cond_t(qwen_files: dict[str, Path], backend: Backend, tmp_path: Path) -> None:
     """References pass through the same layers; those at time 0 are modulated with the LoRA too."""
     reference = np.random.default_rng(0).integers(0, 255, (48, 64, 3), np.uint8)
     path = simple(tmp_path / "x.safetensors", *MATRICES)
@@ -282,7 +271,7 @@ def test_edit_and_zero_cond_t(files: dict[str, Path], backend: Backend, tmp_path
             wanted = edited(pipe)
         for mode in ("at_runtime", "immediately"):
             with models.load(
-                **files, backend=backend, encoder=True, variant=variant, lora_apply_mode=mode
+                **qwen_files, backend=backend, encoder=True, variant=variant, lora_apply_mode=mode
             ) as pipe:
                 before = edited(pipe)
                 pipe.set_loras({path: 1})
@@ -365,19 +354,19 @@ def merge(source: Path, lora: Path, out: Path, capsys: pytest.CaptureFixture[str
 
 @pytest.mark.parametrize("ending", ["safetensors", "gguf"])
 def test_merged_by_convert(
-    files: dict[str, Path], backend: Backend, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    qwen_files: dict[str, Path], backend: Backend, tmp_path: Path, capsys: pytest.CaptureFixture[str],
     by_numpy: dict[bool, NDArray[Any]], ending: str,
 ) -> None:  # fmt: skip
     lora = simple(tmp_path / "x.safetensors", *MATRICES, *TEXT)
-    out = {**files, "diffusion_model": tmp_path / "dit" / f"model.{ending}", "llm": tmp_path / "llm"}
+    out = {**qwen_files, "diffusion_model": tmp_path / "dit" / f"model.{ending}", "llm": tmp_path / "llm"}
     out["diffusion_model"].parent.mkdir()
     out["llm"].mkdir()
-    said = merge(files["diffusion_model"], lora, out["diffusion_model"], capsys)
+    said = merge(qwen_files["diffusion_model"], lora, out["diffusion_model"], capsys)
     assert f"{2 * len(MATRICES)} of {2 * len(MATRICES)} keys applied to transformer" in said
-    said = merge(files["llm"], lora, out["llm"] / f"model.{ending}", capsys)
+    said = merge(qwen_files["llm"], lora, out["llm"] / f"model.{ending}", capsys)
     assert f"{2 * len(TEXT)} of {2 * len(TEXT)} keys applied to text_encoder" in said
     for name in ("config.json", "tokenizer.json"):
-        (out["llm"] / name).write_bytes((files["llm"] / name).read_bytes())
+        (out["llm"] / name).write_bytes((qwen_files["llm"] / name).read_bytes())
     if ending == "safetensors":
         with models.load(**out, backend=backend) as pipe:
             assert error(latents(pipe), by_numpy[False]) < 1e-5
@@ -394,10 +383,10 @@ def test_merged_by_convert(
 
 
 def test_what_loras_are_merged_into(
-    files: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    qwen_files: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     lora = simple(tmp_path / "x.safetensors", MATRICES[0])
-    assert cli.main(["convert", str(files["vae"]), "--lora", str(lora), "-o", str(tmp_path / "y.gguf")]) == 2
+    assert cli.main(["convert", str(qwen_files["vae"]), "--lora", str(lora), "-o", str(tmp_path / "y.gguf")]) == 2
     assert "transformers and text encoders of Z-Image and Qwen-Image" in capsys.readouterr().err
 
 
@@ -485,22 +474,22 @@ def test_the_name_of_a_link_counts(pipe: QwenImagePipeline, tmp_path: Path) -> N
     assert len(levels(pipe)[0]) == 4
 
 
-def test_lightning_of_others(files: dict[str, Path], backend: Backend, tmp_path: Path) -> None:
+def test_lightning_of_others(qwen_files: dict[str, Path], backend: Backend, tmp_path: Path) -> None:
     """A LoRA of the text encoder is none; stable-diffusion.cpp does not look at names."""
-    with models.load(**files, backend=backend) as pipe:
+    with models.load(**qwen_files, backend=backend) as pipe:
         pipe.set_loras({simple(tmp_path / LIGHTNING, *TEXT): 1})
         assert levels(pipe, num_inference_steps=1)[1].lightning is None
-    with models.load(**files, backend=backend, compat="sd.cpp") as pipe:
+    with models.load(**qwen_files, backend=backend, compat="sd.cpp") as pipe:
         pipe.set_loras({simple(tmp_path / LIGHTNING, *MATRICES): 1})
         assert levels(pipe, num_inference_steps=1)[1].lightning is None
         assert len(levels(pipe, lightning=4)[0]) == 4
 
 
 def test_lightning_on_the_command_line(
-    files: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    qwen_files: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     lora = simple(tmp_path / LIGHTNING, f"{BLOCK}.attn.to_q")
-    model = ["--diffusion-model", str(files["diffusion_model"]), "--llm", str(files["llm"]), "--vae", str(files["vae"])]
+    model = as_options(qwen_files)
 
     def draw(*options: str) -> tuple[dict[str, Any], str]:
         report = tmp_path / "report.json"

@@ -10,7 +10,6 @@ import struct
 import subprocess
 import sys
 import tracemalloc
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -50,12 +49,6 @@ from pyggml import (
 from pyggml.lib import ffi, lib
 
 RNG = np.random.default_rng(7)
-
-
-@pytest.fixture(scope="module")
-def backend() -> Iterator[Backend]:
-    with Backend.cpu(1) as backend:
-        yield backend
 
 
 @pytest.fixture

@@ -34,32 +34,21 @@ SMALL: dict[str, Any] = {"width": 32, "height": 32, "num_inference_steps": 2, "o
 
 
 @pytest.fixture(scope="module")
-def backend() -> Iterator[Backend]:
-    with Backend.cpu(1) as backend:
-        yield backend
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return write_tiny_models(tmp_path_factory.mktemp("tiny"))
-
-
-@pytest.fixture(scope="module")
-def pipe(files: dict[str, Path], backend: Backend) -> Iterator[ZImagePipeline]:
-    with models.load(**files, backend=backend, encoder=True) as pipe:
+def pipe(z_image_files: dict[str, Path], backend: Backend) -> Iterator[ZImagePipeline]:
+    with models.load(**z_image_files, backend=backend, encoder=True) as pipe:
         yield pipe
 
 
 @pytest.fixture
-def fresh(files: dict[str, Path], backend: Backend) -> Iterator[ZImagePipeline]:
+def fresh(z_image_files: dict[str, Path], backend: Backend) -> Iterator[ZImagePipeline]:
     """A pipeline that no other test has used."""
-    with models.load(**files, backend=backend) as pipe:
+    with models.load(**z_image_files, backend=backend) as pipe:
         yield pipe
 
 
 @pytest.fixture(scope="module")
-def sd_cpp(files: dict[str, Path], backend: Backend) -> Iterator[ZImagePipeline]:
-    with models.load(**files, backend=backend, compat="sd.cpp", encoder=True) as pipe:
+def sd_cpp(z_image_files: dict[str, Path], backend: Backend) -> Iterator[ZImagePipeline]:
+    with models.load(**z_image_files, backend=backend, compat="sd.cpp", encoder=True) as pipe:
         yield pipe
 
 
@@ -501,21 +490,23 @@ WHAT = {"diffusion_model": r"diffusion model \(Z-Image\)", "llm": r"text encoder
 
 @pytest.mark.parametrize("given", WHAT)
 @pytest.mark.parametrize("option", WHAT)
-def test_swapped_files_say_what_they_are(files: dict[str, Path], backend: Backend, option: str, given: str) -> None:
+def test_swapped_files_say_what_they_are(
+    z_image_files: dict[str, Path], backend: Backend, option: str, given: str
+) -> None:
     if option == given:
         return
     flag = {"diffusion_model": "--diffusion-model"}.get(option, f"--{option}")
     with pytest.raises(LoadError, match=f"this is an? {WHAT[given]}.*{flag} wants") as error:
-        models.load(**files | {option: files[given]}, backend=backend)
-    assert error.value.path == os.fspath(files[given])
+        models.load(**z_image_files | {option: z_image_files[given]}, backend=backend)
+    assert error.value.path == os.fspath(z_image_files[given])
 
 
-def test_parts_that_do_not_belong_together(files: dict[str, Path], tmp_path: Path, backend: Backend) -> None:
+def test_parts_that_do_not_belong_together(z_image_files: dict[str, Path], tmp_path: Path, backend: Backend) -> None:
     narrow = {f"diffusion_model/{name}": weight("diffusion_model", name)[..., :32]
               for name in ("cap_embedder.0.weight", "cap_embedder.1.weight")}  # fmt: skip
     other = write_tiny_models(tmp_path, narrow)
     with pytest.raises(LoadError, match="have 64 numbers, the transformer wants 32"):
-        models.load(**files | {"diffusion_model": other["diffusion_model"]}, backend=backend)
+        models.load(**z_image_files | {"diffusion_model": other["diffusion_model"]}, backend=backend)
 
 
 def rewrite(path: Path) -> None:
@@ -563,8 +554,8 @@ def test_a_replaced_file_is_not_a_changed_one(tmp_path: Path, backend: Backend) 
         np.testing.assert_array_equal(pipe("a red circle", **SMALL).images[0], before)
 
 
-def test_close_twice(files: dict[str, Path], backend: Backend) -> None:
-    pipe = models.load(**files, backend=backend)
+def test_close_twice(z_image_files: dict[str, Path], backend: Backend) -> None:
+    pipe = models.load(**z_image_files, backend=backend)
     pipe("a red circle", **SMALL)
     pipe.close()
     pipe.close()

@@ -246,6 +246,9 @@ def test_a_plan_refuses_what_a_run_would(capsys: pytest.CaptureFixture[str], tmp
     assert main(["plan", "x", "--diffusion-model", str(VAE), "--llm", str(LLM), "--vae", str(VAE)]) == 2
     assert "diffusion model" in capsys.readouterr().err
     assert main(["plan", "x", "-W", "5000"]) == 2
+    capsys.readouterr()
+    assert main(["plan"]) == 2
+    assert "such as: pyggml plan 'a red circle on a blue background'" in capsys.readouterr().err
     for size in ("0", "x", "-3G", "4Q", "inf"):
         with pytest.raises(SystemExit) as end:
             main(["plan", "x", f"--max-ram={size}"])

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from tiny_models import golden, write_tiny_models, write_tiny_qwen
+from tiny_models import as_options, golden, write_tiny_models, write_tiny_qwen
 
 import models
 from loader.errors import LoadError
@@ -44,28 +44,17 @@ def small_areas(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def backend() -> Iterator[Backend]:
-    with Backend.cpu(1) as backend:
-        yield backend
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return write_tiny_qwen(tmp_path_factory.mktemp("tiny"))
-
-
-@pytest.fixture(scope="module")
 def layered_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return write_tiny_qwen(tmp_path_factory.mktemp("layered"), layered=True)
 
 
 @pytest.fixture(scope="module")
 def pipes(
-    files: dict[str, Path], layered_files: dict[str, Path], backend: Backend
+    qwen_files: dict[str, Path], layered_files: dict[str, Path], backend: Backend
 ) -> Iterator[Mapping[str, QwenImagePipeline]]:
     """By variant, and "layered"."""
     made: dict[str, Any] = {
-        variant: models.load(**files, backend=backend, encoder=True, variant=variant)
+        variant: models.load(**qwen_files, backend=backend, encoder=True, variant=variant)
         for variant in ("edit", "2509", "2511")
     }
     made["layered"] = models.load(**layered_files, backend=backend, encoder=True)
@@ -203,7 +192,7 @@ def test_editing_without_a_vision_tower(
 
 
 def test_editing_as_stable_diffusion_cpp_does(
-    files: dict[str, Path], tmp_path: Path, backend: Backend, monkeypatch: pytest.MonkeyPatch
+    qwen_files: dict[str, Path], tmp_path: Path, backend: Backend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """References have the area of what is drawn; without a tower the prompt is one of text to picture."""
     monkeypatch.setattr(references, "TOWER_AREAS", (56 * 56, 84 * 84))
@@ -217,7 +206,7 @@ def test_editing_as_stable_diffusion_cpp_does(
         return encode(self, backend, picture, *more)
 
     monkeypatch.setattr(Qwen25Vision, "encode", noted)
-    with models.load(**files, backend=backend, encoder=True, compat="sd.cpp") as pipe:
+    with models.load(**qwen_files, backend=backend, encoder=True, compat="sd.cpp") as pipe:
         encode_image = pipe.encode_image
         monkeypatch.setattr(pipe, "encode_image", lambda x, *more: seen.append(x) or encode_image(x, *more))
         pipe("a red circle", **SMALL, reference_images=[wide], cfg_scale=1.0)
@@ -232,12 +221,12 @@ def test_editing_as_stable_diffusion_cpp_does(
         assert np.array_equal(blind.encode("a red circle", [pixels]).features, plain)
 
 
-def test_the_vision_tower_of_another_file(files: dict[str, Path], tmp_path: Path, backend: Backend) -> None:
+def test_the_vision_tower_of_another_file(qwen_files: dict[str, Path], tmp_path: Path, backend: Backend) -> None:
     blind = write_tiny_qwen(tmp_path, tower=False)
     run = SMALL | {"reference_images": [picture()], "cfg_scale": 1.0}
-    with models.load(**files, backend=backend, encoder=True) as whole:
+    with models.load(**qwen_files, backend=backend, encoder=True) as whole:
         expected = whole("a red circle", **run).images[0]
-    with models.load(**blind, llm_vision=files["llm"], backend=backend, encoder=True) as pipe:
+    with models.load(**blind, llm_vision=qwen_files["llm"], backend=backend, encoder=True) as pipe:
         np.testing.assert_array_equal(pipe("a red circle", **run).images[0], expected)
 
 
@@ -269,9 +258,9 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
 
 
 def test_what_was_encoded_is_remembered(
-    files: dict[str, Path], backend: Backend, counted: dict[str, int]
+    qwen_files: dict[str, Path], backend: Backend, counted: dict[str, int]
 ) -> None:
-    with models.load(**files, backend=backend, encoder=True) as pipe:
+    with models.load(**qwen_files, backend=backend, encoder=True) as pipe:
         run = SMALL | {"reference_images": [picture()], "cfg_scale": 2.0}
         first = pipe("a red circle", **run)
         assert counted == {"Qwen25VL": 2, "Qwen25Vision": 1} and not first.report.prompt_cached
@@ -362,8 +351,8 @@ def test_default_strength(pipe: QwenImagePipeline) -> None:
         assert len(made.report.step_seconds) == 3
 
 
-def test_decoding_in_tiles(files: dict[str, Path], backend: Backend) -> None:
-    with models.load(**files, backend=backend, encoder=True) as pipe:
+def test_decoding_in_tiles(qwen_files: dict[str, Path], backend: Backend) -> None:
+    with models.load(**qwen_files, backend=backend, encoder=True) as pipe:
         run = SMALL | {"width": 64, "height": 48, "reference_images": [picture()]}
         whole = pipe("a red circle", **run).images[0]
         pipe.vae_tile = 4, 4
@@ -405,23 +394,23 @@ def test_bad_arguments_are_refused_before_work(
 
 
 @pytest.mark.parametrize("given", [{"init_image": picture()}, {"reference_images": [picture()]}])
-def test_pictures_need_the_encoder(files: dict[str, Path], backend: Backend, given: dict[str, Any]) -> None:
-    with models.load(**files, backend=backend) as pipe, pytest.raises(ValueError, match="encoder=True"):
+def test_pictures_need_the_encoder(qwen_files: dict[str, Path], backend: Backend, given: dict[str, Any]) -> None:
+    with models.load(**qwen_files, backend=backend) as pipe, pytest.raises(ValueError, match="encoder=True"):
         pipe("a red circle", **SMALL | given)
 
 
 def test_parts_of_different_models(
-    files: dict[str, Path], layered_files: dict[str, Path], backend: Backend, tmp_path: Path
+    qwen_files: dict[str, Path], layered_files: dict[str, Path], backend: Backend, tmp_path: Path
 ) -> None:
     with pytest.raises(LoadError, match="an autoencoder of 3 channels, and the transformer makes pictures with trans"):
-        models.load(**layered_files | {"vae": files["vae"]}, backend=backend)
+        models.load(**layered_files | {"vae": qwen_files["vae"]}, backend=backend)
     with pytest.raises(LoadError, match="an autoencoder of 4 channels, and the transformer makes plain pictures"):
-        models.load(**files | {"vae": layered_files["vae"]}, backend=backend)
+        models.load(**qwen_files | {"vae": layered_files["vae"]}, backend=backend)
     other = write_tiny_models(tmp_path)
     with pytest.raises(LoadError, match=r"this is a text encoder \(Qwen3\).*--llm wants a text encoder \(Qwen2.5-VL"):
-        models.load(**files | {"llm": other["llm"]}, backend=backend)
+        models.load(**qwen_files | {"llm": other["llm"]}, backend=backend)
     with pytest.raises(LoadError, match="--vae wants"):
-        models.load(**files | {"vae": other["vae"]}, backend=backend)
+        models.load(**qwen_files | {"vae": other["vae"]}, backend=backend)
     with pytest.raises(ValueError, match="edits no pictures"), models.load(**other, backend=backend) as pipe:
         pipe("a red circle", **SMALL, reference_images=[picture()])
     with pytest.raises(ValueError, match="no layers"), models.load(**other, backend=backend) as pipe:
@@ -434,10 +423,12 @@ def test_parts_of_different_models(
 @pytest.mark.parametrize(
     "options", [{"params_backend": "te=disk"}, {"params_backend": "*=disk"}, {"memory_limit": 1 << 20}]
 )
-def test_weights_that_do_not_stay(pipe: QwenImagePipeline, files: dict[str, Path], options: dict[str, Any]) -> None:
+def test_weights_that_do_not_stay(
+    pipe: QwenImagePipeline, qwen_files: dict[str, Path], options: dict[str, Any]
+) -> None:
     run = SMALL | {"reference_images": [picture()], "cfg_scale": 2.0, "num_images_per_prompt": 2}
     expected = pipe("a red circle", **run).images
-    with models.load(**files, n_threads=1, encoder=True, variant="2509", **options) as frugal:
+    with models.load(**qwen_files, n_threads=1, encoder=True, variant="2509", **options) as frugal:
         for _ in range(2):
             for ours, theirs in zip(frugal("a red circle", **run).images, expected, strict=True):
                 np.testing.assert_array_equal(ours, theirs)
@@ -464,8 +455,8 @@ def test_cancel_at_the_beginning_of_a_phase(pipe: QwenImagePipeline, phase: str)
 
 @pytest.mark.parametrize("stage", ["the vision tower", "the text encoder", "the encoder", "the modulation",
                                    "the text's projection", "the transformer"])  # fmt: skip
-def test_cancel_in_a_stage(files: dict[str, Path], backend: Backend, stage: str) -> None:
-    with models.load(**files, backend=backend, encoder=True) as pipe:
+def test_cancel_in_a_stage(qwen_files: dict[str, Path], backend: Backend, stage: str) -> None:
+    with models.load(**qwen_files, backend=backend, encoder=True) as pipe:
         run, compute, begun = SMALL | {"reference_images": [picture()]}, pipe._compute, []
 
         def cancelled(name: str, *more: Any, **inputs: Any) -> Any:
@@ -480,7 +471,7 @@ def test_cancel_in_a_stage(files: dict[str, Path], backend: Backend, stage: str)
         assert begun[-1].startswith(stage)
         pipe._compute = compute
         again = pipe("a red circle", **run).images[0]
-    with models.load(**files, backend=backend, encoder=True) as fresh:
+    with models.load(**qwen_files, backend=backend, encoder=True) as fresh:
         np.testing.assert_array_equal(fresh("a red circle", **run).images[0], again)
 
 
@@ -495,10 +486,6 @@ def run(*argv: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
         code = int(end.code or 0)
     out = capsys.readouterr()
     return code, out.out, out.err
-
-
-def options(files: Mapping[str, Path]) -> list[str]:
-    return [x for name, path in files.items() for x in (f"--{name.replace('_', '-')}", str(path))]
 
 
 SIZE = ["-W", "32", "-H", "32", "--steps", "2"]
@@ -521,7 +508,7 @@ def pixels(name: str) -> Any:
 
 
 def test_generate(
-    pipes: Mapping[str, QwenImagePipeline], files: dict[str, Path], in_folder: Path,
+    pipes: Mapping[str, QwenImagePipeline], qwen_files: dict[str, Path], in_folder: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     """From text, from two pictures to edit, and a part of a picture: what the pipeline draws, in a file."""
@@ -538,7 +525,7 @@ def test_generate(
         ),
         ("-i", "0.png", "--mask", "mask.png"): mask,
     }.items():  # fmt: skip
-        code, out, err = run(*options(files), *SIZE, "--cfg-scale", "2", "-s", "3", *argv, capsys=capsys)
+        code, out, err = run(*as_options(qwen_files), *SIZE, "--cfg-scale", "2", "-s", "3", *argv, capsys=capsys)
         assert (code, out, err) == (0, "output.png\n", ""), argv
         expected = pipe("a red circle", **SMALL, cfg_scale=2.0, seed=3, **given).images[0]
         np.testing.assert_array_equal(pixels("output.png"), expected, err_msg=str(argv))
@@ -548,7 +535,7 @@ def test_generate(
 
 
 def test_layers_are_files(layered_files: dict[str, Path], in_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    argv = [*options(layered_files), "-r", "0.png", "--steps", "1", "--cfg-scale", "1"]
+    argv = [*as_options(layered_files), "-r", "0.png", "--steps", "1", "--cfg-scale", "1"]
     code, out, err = run(*argv, "-o", "l.png", "--layers", "2", capsys=capsys)
     assert (code, out.split(), err) == (0, ["l_layer0.png", "l_layer1.png"], "")
     assert [pixels(name).shape for name in out.split()] == [(64, 64, 4)] * 2
@@ -560,9 +547,9 @@ def test_layers_are_files(layered_files: dict[str, Path], in_folder: Path, capsy
 
 
 def test_a_plan_says_what_edits_take(
-    files: dict[str, Path], in_folder: Path, capsys: pytest.CaptureFixture[str]
+    qwen_files: dict[str, Path], in_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    code, out, err = run(*options(files), "-r", "0.png", "--dry-run", capsys=capsys)
+    code, out, err = run(*as_options(qwen_files), "-r", "0.png", "--dry-run", capsys=capsys)
     assert (code, err) == (0, "") and sorted(x.name for x in in_folder.glob("output*")) == []
     lines = out.splitlines()
     assert lines[0] == "128x64, 1 thread"  # as large as the picture
@@ -590,24 +577,24 @@ REFUSED = [
 
 @pytest.mark.parametrize(("argv", "message"), REFUSED)
 def test_what_the_command_line_refuses(
-    files: dict[str, Path], in_folder: Path, capsys: pytest.CaptureFixture[str], argv: list[str], message: str
+    qwen_files: dict[str, Path], in_folder: Path, capsys: pytest.CaptureFixture[str], argv: list[str], message: str
 ) -> None:
-    code, out, err = run(*options(files), *SIZE, *argv, capsys=capsys)
+    code, out, err = run(*as_options(qwen_files), *SIZE, *argv, capsys=capsys)
     assert (code, out) == (2, "") and len(err.splitlines()) == 1
     assert err.startswith("error: ") and message in err
     assert not (in_folder / "output.png").exists()
 
 
 def test_what_is_another_models(
-    files: dict[str, Path], layered_files: dict[str, Path], in_folder: Path, capsys: pytest.CaptureFixture[str]
+    qwen_files: dict[str, Path], layered_files: dict[str, Path], in_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     z_image: list[str] = []  # the demo
     for argv, message in (
         ([*z_image, "-r", "0.png"], "this model edits no pictures: there is img2img"),
         ([*z_image, "--layers", "2"], "makes no layers"),
         ([*z_image, "--edit-model", "2509"], "are for Qwen-Image"),
-        (options(layered_files), "give it as a reference image (-r)"),
-        ([*options(layered_files | {"vae": files["vae"]}), "-r", "0.png"], "an autoencoder of 3 channels"),
+        (as_options(layered_files), "give it as a reference image (-r)"),
+        ([*as_options(layered_files | {"vae": qwen_files["vae"]}), "-r", "0.png"], "an autoencoder of 3 channels"),
     ):
         code, out, err = run(*SIZE, *argv, capsys=capsys)
         assert (code, out, len(err.splitlines())) == (2, "", 1) and message in err, err
@@ -626,12 +613,12 @@ def test_what_is_another_models(
 ])  # fmt: skip
 @pytest.mark.parametrize("command", ["generate", "plan"])
 def test_what_a_model_does_not_take_is_refused_before_it_is_loaded(
-    files: dict[str, Path], layered_files: dict[str, Path], in_folder: Path, capsys: pytest.CaptureFixture[str],
+    qwen_files: dict[str, Path], layered_files: dict[str, Path], in_folder: Path, capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch, command: str, model: str, argv: list[str], message: str,
 ) -> None:  # fmt: skip
     """By the head of the diffusion model's file."""
     monkeypatch.setattr(models, "load", None)
-    given = {"plain": options(files), "layered": options(layered_files), "z_image": []}[model]
+    given = {"plain": as_options(qwen_files), "layered": as_options(layered_files), "z_image": []}[model]
     size = [] if model == "layered" else SIZE[:4]
     assert cli.main([command, "a red circle", *given, *size, *argv]) == 2
     err = capsys.readouterr().err
@@ -643,10 +630,10 @@ def test_what_a_model_does_not_take_is_refused_before_it_is_loaded(
     ["-r", "0.png", "--edit-model", "edit", "-W", "32", "-H", "32"],
     ["-W", "512", "-H", "512", "--vae-tiling", "--vae-tile-size", "16"],
 ], ids=["edit", "tiles"])  # fmt: skip
-def test_the_peak_is_predicted(files: dict[str, Path], in_folder: Path, more: list[str]) -> None:
+def test_the_peak_is_predicted(qwen_files: dict[str, Path], in_folder: Path, more: list[str]) -> None:
     """With references as large as they really are, which tower and autoencoder want the most for; and of tiles."""
-    command = [sys.executable, "-m", "studio.cli", "generate", "a red circle", *more, *options(files), "--steps", "1",
-               "-t", "1", "--cfg-scale", "1", "--report", "r.json"]  # fmt: skip
+    command = [sys.executable, "-m", "studio.cli", "generate", "a red circle", *more, *as_options(qwen_files),
+               "--steps", "1", "-t", "1", "--cfg-scale", "1", "--report", "r.json"]  # fmt: skip
     root = str(Path(__file__).parent.parent)
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=os.environ | {"PYTHONPATH": root})
     report = json.loads(Path("r.json").read_text())

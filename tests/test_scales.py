@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import struct
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +21,6 @@ RNG = np.random.default_rng(3)
 CODES = RNG.integers(0, 0x7E, (6, 64)).astype(np.uint8)  # neither NaN nor infinity in either type
 CODES[::2] |= 0x80
 MARKER = ("F8_E4M3", (0,), b"")
-
-
-@pytest.fixture(scope="module")
-def backend() -> Iterator[Backend]:
-    with Backend.cpu(1) as backend:
-        yield backend
 
 
 Table = dict[str, tuple[str, tuple[int, ...], bytes]]

@@ -28,12 +28,6 @@ DEMO = ROOT / "studio" / "demo"
 
 
 @pytest.fixture(scope="module")
-def backend() -> Iterator[Backend]:
-    with Backend.cpu(1) as backend:
-        yield backend
-
-
-@pytest.fixture(scope="module")
 def tiny(backend: Backend, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Component]:
     files = write_tiny_models(tmp_path_factory.mktemp("tiny"))
     component = open_autoencoder(files["vae"], Place(backend), encoder=True)

@@ -78,6 +78,11 @@ def write_tiny_qwen(
     return paths | {"llm": folder / "llm"}  # with its config.json
 
 
+def as_options(files: Mapping[str, Path]) -> list[str]:
+    """Such files on the command line."""
+    return [x for name, path in files.items() for x in (f"--{name.replace('_', '-')}", str(path))]
+
+
 def write_tiny_decoder(path: Path, kind: str) -> Path:
     """The tiny autoencoder "taesd" or "taehv" of tests/golden as a file."""
     prefix = f"weights/{kind}/"

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -26,7 +27,7 @@ from loader.params import Param
 from pyggml import Backend, Graph, Tensor, Type, ops
 
 from ..compute import Compute
-from ..detected import detected, n_blocks
+from ..detected import detected, n_blocks, shape
 from ..lora import Naming, extra_nodes
 from ..nn import Linear, Module, RMSNorm, attention, graph_use, linear_gelu, side_by_side, tokens
 from ..rope import apply_rope_axes
@@ -74,13 +75,7 @@ class QwenImageConfig:
     @detected("Qwen-Image transformer")
     def from_checkpoint(cls, checkpoint: Checkpoint) -> QwenImageConfig:
         """`checkpoint` before RENAMES, which drop a mark. LoadError when it is no Qwen-Image transformer."""
-
-        def ne(name: str) -> tuple[int, ...]:
-            if name not in checkpoint:
-                missing = "this is no Qwen-Image transformer: a tensor is missing"
-                raise LoadError(missing, path=checkpoint.path, tensor=name)
-            return tuple(checkpoint[name].ne)
-
+        ne = partial(shape, "Qwen-Image transformer", checkpoint)
         patch_dim, dim = ne("img_in.weight")[:2]
         head_dim = ne("transformer_blocks.0.attn.norm_q.weight")[0]
         config = cls(

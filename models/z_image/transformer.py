@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +23,7 @@ from loader.errors import LoadError
 from loader.params import Param
 from pyggml import Backend, Graph, Tensor, Type, ops
 
-from ..detected import detected, n_blocks
+from ..detected import detected, n_blocks, shape
 from ..lora import Naming, extra_nodes
 from ..nn import Linear, Module, RMSNorm, attention, graph_use, side_by_side, split_heads, tokens
 from ..rope import apply_rope_axes
@@ -82,13 +83,7 @@ class ZImageConfig:
     @detected("Z-Image transformer")
     def from_checkpoint(cls, checkpoint: Checkpoint) -> ZImageConfig:
         """`checkpoint` under single-file names. LoadError when it is no Z-Image transformer."""
-
-        def ne(name: str) -> tuple[int, ...]:
-            if name not in checkpoint:
-                missing = "this is no Z-Image transformer: a tensor is missing"
-                raise LoadError(missing, path=checkpoint.path, tensor=name)
-            return tuple(checkpoint[name].ne)
-
+        ne = partial(shape, "Z-Image transformer", checkpoint)
         patch_dim, dim = ne("x_embedder.weight")[:2]
         head_dim = ne("layers.0.attention.q_norm.weight")[0]
         t_hidden = ne("t_embedder.mlp.0.weight")[1]
