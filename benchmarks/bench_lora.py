@@ -75,7 +75,7 @@ def main() -> None:
         def switch(loras: dict[Path, float]) -> float:
             start = time.perf_counter()
             pipe.set_loras(loras)
-            pipe._step_graph((side // 2) ** 2, [32]).alloc()
+            pipe._graph_for(x, [context], ()).alloc()
             return time.perf_counter() - start
 
         def step() -> float:

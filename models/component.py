@@ -164,6 +164,14 @@ def opening(place: Mapping[devices.Module, Place]) -> Iterator[list[Component]]:
         raise
 
 
+def check_width(text_encoder: Component, transformer: Component) -> None:
+    """LoadError unless the transformer takes what the text encoder makes."""
+    made, wanted = text_encoder.module.config.dim, transformer.module.config.text_dim
+    if made != wanted:
+        problem = f"the text encoder's features have {made} numbers, the transformer wants {wanted}"
+        raise LoadError(f"{problem}: they do not belong together", path=text_encoder.checkpoint.path)
+
+
 def require(checkpoint: Checkpoint, role: str, architectures: Sequence[str], option: str) -> None:
     """LoadError that says what the file is when it is recognised as something else than what it was given as."""
     found = describe(checkpoint)

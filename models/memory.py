@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -105,6 +105,11 @@ class Report:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
             self.memory = Memory.now()
             self.anonymous_peak = max(self.anonymous_peak, self.memory.anonymous)
+
+    def count(self, counts: Mapping[str, int]) -> None:
+        """Add what a step cache skipped of a picture's steps and evaluations."""
+        for key, n in counts.items():
+            self.cache[key] = self.cache.get(key, 0) + n
 
     def previewed(self, seconds: float) -> None:
         """Add the time of a preview, and take it from the phase it came in."""

@@ -1,8 +1,7 @@
 """What the pipelines of all models have in common: encode a prompt, denoise, decode, each of which can be called alone.
 
-A family of models says what is its own in a subclass: which networks there are, how a prompt is written, what the
-transformer is given in a step, and its defaults. `compat="sd.cpp"` follows stable-diffusion.cpp where it differs from
-diffusers; docs/parity.md lists where.
+A family of models says what is its own in a subclass, by the methods of models.family. `compat="sd.cpp"` follows
+stable-diffusion.cpp where it differs from diffusers; docs/parity.md lists where.
 """
 
 from __future__ import annotations
@@ -11,34 +10,35 @@ import logging
 import os
 import threading
 import time
-from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial, wraps
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 import numpy as np
-from numpy.typing import NDArray
 
 from loader.errors import LoadError
 from loader.lora import LoraReport
 from pyggml import Backend, Cancelled, Graph, NonFinite, OutOfMemory, SplitBackend
 
-from . import image, schedule, tiles
-from .autoencoder_tiny import Kind
+from . import image, schedule, sd_cpp_words, tiles
+from .asked import Asked, as_latents, read_asked
 from .component import Component
 from .compute import first_bad_op
+from .family import Compat, Family, Float32, Path, Pixels
 from .guidance import Guidance
-from .inpainting import Inpainting, latent_mask
+from .inpainting import Inpainting
 from .lora import MAX_LORAS, ApplyMode, Loras, Target, check_weight
 from .memory import Report, Stage
-from .prediction import Phase
-from .preview import SIDE, Mode, Show, View, check_preview
-from .residency import Residency, Span
+from .phases import decoder_phase, encoder_phase, once_more, step_phases
+from .prediction import Phase, all_spans
+from .preview import SIDE, Mode, Show, View
+from .residency import Residency
 from .rng import RNG, make_rng
 from .sampler import evaluated, find_sampler, sample
-from .step_cache import Blocks, CacheRun, Cut, DBCache, StepCache
+from .sizes import latent_size
+from .step_cache import Blocks, CacheRun, Cut, StepCache
 from .streaming import Stream
 from .tokenizer import Tokenizer
 
@@ -47,16 +47,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("pyggml.models")
 
-Float32 = NDArray[np.float32]
-Pixels = NDArray[np.uint8]
-Path = str | os.PathLike[str]
-Compat = Literal["diffusers", "sd.cpp"]
 Progress = Callable[[str, int, int], None]
 
 CACHED_PROMPTS = 32
-SD_CPP_STRENGTH = 0.75  # of img2img and inpainting, when none is given
-SIZE_MULTIPLE = 8  # pixels along a side of a latent pixel
-MAX_SIDE = 4096
 
 
 @dataclass(frozen=True)
@@ -99,19 +92,11 @@ def _cancellable(method: Method) -> Method:
     return cast(Method, run)
 
 
-class Pipeline(ABC):
+class Pipeline(Family):
     """The networks of a model, each where it computes, and everything that a run needs around them.
 
     It may be used by one thread at a time; `cancel()` may come from any.
     """
-
-    default_steps: ClassVar[int]
-    default_cfg_scale: ClassVar[float]
-    edits: ClassVar[bool] = False  # takes reference pictures
-    has_lightning: ClassVar[bool] = False  # there are Lightning models of it, of 4 or 8 steps
-    default_shift: ClassVar[float] = 3.0
-    default_strength: ClassVar[tuple[float, float]] = 0.6, 0.6  # of img2img, and with a mask, as in diffusers
-    tiny: ClassVar[Kind]  # the kind of tiny autoencoder that there is for its latents
 
     def __init__(
         self, text_encoder: Component, transformer: Component, vae: Component | None, tokenizer: Tokenizer, *,
@@ -126,7 +111,7 @@ class Pipeline(ABC):
         self.vae = vae
         self.tae = tae
         self.decoder = decoder  # what makes the pictures, one of these two
-        self.tokenizer = tokenizer
+        self.tokenizer = tokenizer.with_split(sd_cpp_words.split) if compat == "sd.cpp" else tokenizer
         self.compat: Compat = compat
         self._opened = opened  # backends to close with it: what was given stays its giver's
         self.default_size = default_size
@@ -179,136 +164,6 @@ class Pipeline(ABC):
         self._cancelled.set()
         for component in self.components():
             component.backend.cancel()
-
-    # -- what a family of models says of itself -----------------------------------------------------------------------
-
-    @classmethod
-    def check_asked(
-        cls, *, n_pictures: int = 0, layers: int | None = None, starts: bool = False, layered: bool = False,
-        variant: str | None = None, compat: Compat = "diffusers",
-    ) -> None:  # fmt: skip
-        """ValueError for so many reference pictures, for layers, or for a picture to start from, `starts`, where the
-        model takes none such. `layered`, `variant`: which model of the family it is.
-        """
-        if n_pictures:
-            raise ValueError("this model edits no pictures: there is img2img, init_image (--init-img), for it")
-        if layers is not None:
-            raise ValueError("this model makes no layers")
-
-    def _note_prompt(self, prompt: str) -> None:
-        """Told before a prompt is encoded."""
-        return
-
-    @abstractmethod
-    def _features(self, prompt: str, pictures: Sequence[Pixels]) -> Float32:
-        """What the text encoder makes of a prompt, and of pictures that belong to it: [n_tokens, dim]."""
-
-    @abstractmethod
-    def _refined(self, features: Float32) -> Float32:
-        """What the transformer makes of them once, before the steps: [n_tokens, dim]."""
-
-    @abstractmethod
-    def _velocities(
-        self, x: Float32, sigma: float, contexts: Sequence[Float32], references: Sequence[Float32] = (),
-        blocks: Blocks | None = None,
-    ) -> list[Float32]:  # fmt: skip
-        """noise - x0 as the network sees it with each context, of x's shape, computed at once where that is possible;
-        `references` are latents [C, h, w]. `blocks`, with one context: computed in three parts, of which it says
-        whether the one in the middle is needed.
-        """
-
-    def _velocity(
-        self, x: Float32, sigma: float, context: Float32, references: Sequence[Float32] = (),
-        blocks: Blocks | None = None,
-    ) -> Float32:  # fmt: skip
-        return self._velocities(x, sigma, [context], references, blocks)[0]
-
-    @abstractmethod
-    def _graph_for(self, x: Float32, contexts: Sequence[Float32], references: Sequence[Float32]) -> Graph:
-        """The graph of a step with these contexts."""
-
-    @abstractmethod
-    def _sigmas(
-        self, n: int, explicit: Sequence[float] | None, name: str | None, shift: float | None, method: str,
-        width: int, height: int,
-    ) -> Float32:  # fmt: skip
-        """The noise levels of a run."""
-
-    @abstractmethod
-    def _guidance(
-        self, cfg_scale: float | None, guidance_scale: float | None = None, true_cfg_scale: float | None = None,
-        cfg_normalization: float | None = None, cfg_truncation: float | None = None,
-    ) -> Guidance | None:  # fmt: skip
-        """Guidance as `__call__` is asked for it, None when it is off; ValueError for what this model does not take."""
-
-    @abstractmethod
-    def _posterior(self, picture: Pixels) -> tuple[Float32, Float32 | None]:
-        """Mean and, where pipelines draw from it, standard deviation of a picture's latents."""
-
-    @abstractmethod
-    def _drawn(self, posterior: tuple[Float32, Float32 | None], rng: RNG | None) -> Float32:
-        """Latents as the transformer takes them; with an rng a sample of the posterior, where pipelines draw one."""
-
-    @abstractmethod
-    def phases(
-        self, prompt: str, *, negative_prompt: str | None = "", height: int | None = None, width: int | None = None,
-        cfg_scale: float | None = None, method: str = "euler", num_images_per_prompt: int = 1,
-        encode_image: bool = False, reference_images: Sequence[Path | Image.Image] = (), layers: int | None = None,
-        preview: Mode | None = None, cache: StepCache | None = None, num_inference_steps: int | None = None,
-    ) -> list[Phase]:  # fmt: skip
-        """The graphs that a call with these arguments computes, in order, measured; for models.prediction.predict.
-        `preview`: None for none.
-        """
-
-    def _step_phases(
-        self, lengths: Sequence[int], cache: StepCache | None, spans: Sequence[Span], sizes: Callable[[Any], Any],
-        extra: int = 0,
-    ) -> list[Phase]:  # fmt: skip
-        """The graphs of a step. lengths: of the prompt's conditioning and, with guidance, of the negative one's; sizes:
-        what the transformer builds a graph for, of one of them, or for a whole one of several at once.
-        """
-        dit, at = self.transformer.module, self.transformer.backend
-        if not isinstance(cache, DBCache):
-            at_once = [lengths] if self.cfg_batch is True and cache is None else [[n] for n in dict.fromkeys(lengths)]
-            of_step = (dit.step_graph(at, *sizes(n)) for n in at_once)
-            return [Phase.of("steps", graph, spans, stays=True, extra=extra) for graph in of_step]
-        cache.check(dit.config.n_layers)
-        cuts = cache.cuts(dit.config.n_layers)
-        fronts, found = [], []
-        for n in lengths:  # each has what it remembers, also where they are of one size
-            with dit.part_graph(at, *sizes(n), cuts[0]) as graph:
-                fronts.append({name: tensor.n_bytes for name, tensor in graph.outputs.items()})
-        extra += cache.n_bytes(fronts)
-        for n in dict.fromkeys(lengths):
-            for name, cut in zip(("front blocks", "middle blocks", "back blocks"), cuts, strict=True):
-                found.append(Phase.of(name, dit.part_graph(at, *sizes(n), cut), spans, stays=True, extra=extra))
-        return found
-
-    def _all_phases(self, before: list[Phase], picture: list[Phase], n_pictures: int) -> list[Phase]:
-        """Those before the first picture, and those of all pictures: what stays is there from the first on."""
-        return before + picture + (once_more(picture) if n_pictures > 1 else [])
-
-    def _foresee(self, times: Sequence[float]) -> None:
-        """Told before the steps at which noise levels the transformer will be asked, in order."""
-        return
-
-    def _latent_shape(self, width: int, height: int, layers: int | None) -> tuple[int, ...]:
-        return self.transformer.module.config.in_channels, height // SIZE_MULTIPLE, width // SIZE_MULTIPLE
-
-    def _size(self, width: int | None, height: int | None, pictures: Sequence[Pixels]) -> tuple[int, int]:
-        """Width and height of what is drawn."""
-        return self.default_size if width is None else width, self.default_size if height is None else height
-
-    def _read_reference(self, source: Path | Image.Image) -> Pixels:
-        return image.read_image(source)
-
-    def _check_asked(self, n_pictures: int, layers: int | None, starts: bool = False) -> None:
-        """As `check_asked`, of this model."""
-        self.check_asked(n_pictures=n_pictures, layers=layers, starts=starts, compat=self.compat)
-
-    def _references(self, pictures: Sequence[Pixels], width: int, height: int) -> list[Float32]:
-        """Latents of the pictures that are edited."""
-        return []
 
     # -- LoRAs --------------------------------------------------------------------------------------------------------
 
@@ -390,28 +245,6 @@ class Pipeline(ABC):
             raise ValueError("LoRAs want weights that stay: let those of te and diffusion rest on cpu, not on disk")
         self.loras.activate(weights, check)
 
-    def size(
-        self, width: int | None = None, height: int | None = None, reference_images: Sequence[Path | Image.Image] = ()
-    ) -> tuple[int, int]:
-        """Width and height of what a call with these arguments draws. ValueError as the call."""
-        self._check_asked(len(reference_images), None)
-        return self._size(width, height, [self._read_reference(source) for source in reference_images])
-
-    def _lightning(self, steps: int | None) -> tuple[int, str] | None:
-        """The steps of a Lightning model and how that is known, for `__call__`'s argument; None when it is none."""
-        if steps and not self.has_lightning:
-            raise ValueError("there are no Lightning models of this family")
-        if steps is not None and not 0 <= steps <= 100:
-            raise ValueError(f"lightning is a number of steps in 1..100, or 0 for off, not {steps}")
-        if steps is not None:
-            return (steps, "as asked") if steps else None
-        found = self.loras.lightning() if self.has_lightning and self.compat != "sd.cpp" else None
-        return (found[1], f"by {os.path.basename(found[0])}") if found else None
-
-    def _drop_graphs(self) -> None:
-        for component in self.components():
-            component.close_graphs()
-
     # -- the three parts ----------------------------------------------------------------------------------------------
 
     @_cancellable
@@ -491,7 +324,7 @@ class Pipeline(ABC):
             self._check_cancelled()
             if changed is None:
                 return None if mixed is x else mixed
-            return _latents(changed, latents.shape)
+            return as_latents(changed, latents.shape)
 
         with self.transformer.in_use():
             contexts += [self._context(c) for c in conds]
@@ -509,6 +342,10 @@ class Pipeline(ABC):
         if (result == result[0, 0]).all():
             raise NonFinite(f"the decoder made a picture of one colour, {result[0, 0].tolist()}: nothing was drawn")
         return result
+
+    def _pictures(self, latents: Float32) -> Pixels | list[Pixels]:
+        """What a run's latents are: a picture, or the layers of one."""
+        return self.decode(latents)
 
     def _decoded(self, latents: Float32, preview: Mode | None = None) -> Pixels:
         """`preview`: decoded as one of that kind."""
@@ -598,163 +435,173 @@ class Pipeline(ABC):
         Raises ValueError for a bad argument, Cancelled after cancel(), NonFinite instead of a blank picture.
         """
         # 1. what is asked for
-        self._check_asked(len(reference_images), layers, init_image is not None)
-        pictures = [self._read_reference(source) for source in reference_images]
-        width, height = self._size(width, height, pictures)
-        check_size(width, height)
-        shape = self._latent_shape(width, height, layers)
-        steps = self.default_steps if num_inference_steps is None else num_inference_steps
-        few = self._lightning(lightning)
-        if few:
-            steps = few[0] if num_inference_steps is None else num_inference_steps
-            scheduler, shift = scheduler or "lightning", self.default_shift if shift is None else shift
-            if guidance is None and all(x is None for x in (cfg_scale, guidance_scale, true_cfg_scale)):
-                cfg_scale = 1.0
-        if guidance is None:
-            guidance = self._guidance(cfg_scale, guidance_scale, true_cfg_scale, cfg_normalization, cfg_truncation)
-        elif any(x is not None for x in (cfg_scale, guidance_scale, true_cfg_scale, cfg_normalization, cfg_truncation)):
-            raise ValueError("guidance is given, and numbers for the usual one as well: give one of them")
-        guided = guidance is not None or find_sampler(method, eta).both
-        if not 1 <= num_images_per_prompt <= 1000:
-            raise ValueError(f"num_images_per_prompt must be in 1..1000, not {num_images_per_prompt}")
-        if output_type not in ("pil", "np", "latent"):
-            raise ValueError(f"output_type is 'pil', 'np' or 'latent', not {output_type!r}")
-        check_preview(preview, preview_interval, self.tae is not None)
-        if cache is not None:
-            cache.check(self.transformer.module.config.n_layers)
-        name = rng or ("cuda" if self.compat == "sd.cpp" else "cpu")
-        for used in (seed, seed + num_images_per_prompt - 1):
-            make_rng(name, used)  # refuses what it must before any work is done
-        noise = None if latents is None else _latents(latents, shape)
-        levels = self._sigmas(steps, sigmas, scheduler, shift, method, width, height)
-        pixels = mask = None
-        if init_image is not None:
-            if strength is None:
-                usual = self.default_strength[mask_image is not None]
-                strength = SD_CPP_STRENGTH if self.compat == "sd.cpp" else usual
-            levels = schedule.after_strength(levels, strength, compat="sd.cpp" if self.compat == "sd.cpp" else None)
-            pixels = image.read_image(init_image, width, height)
-        if mask_image is not None:
-            if pixels is None:
-                raise ValueError("mask_image needs init_image, the picture of which a part is drawn anew")
-            mask = latent_mask(image.read_mask(mask_image, width, height), SIZE_MULTIPLE, self.compat)
-        if pixels is not None or pictures:
-            self._reader()
-        self._check_unchanged()
-        self._tiles, self._stages = {}, {}
-        self.residency.begin()
-        for component in self.components():
-            component.vram = None
-        report = Report(residency=self.residency.report, stages=self._stages)
-        report.loras = self.loras.report()
-        if few:
-            chosen = f"{len(levels) - 1} steps, guidance {'off' if guidance is None else 'on'}"
-            how = f"schedule {scheduler}" if sigmas is None else "sigmas as given"
-            report.lightning = f"Lightning, {few[1]}: {chosen}, {how}"
-            log.info("%s", report.lightning)
-        tell = progress or (lambda phase, done, total: None)
+        scales = cfg_scale, guidance_scale, true_cfg_scale, cfg_normalization, cfg_truncation
+        asked = read_asked(
+            self, height=height, width=width, num_inference_steps=num_inference_steps, scales=scales, guidance=guidance,
+            sigmas=sigmas, scheduler=scheduler, shift=shift, lightning=lightning, method=method, eta=eta, seed=seed,
+            num_images_per_prompt=num_images_per_prompt, rng=rng, latents=latents, init_image=init_image,
+            strength=strength, mask_image=mask_image, cache=cache, reference_images=reference_images, layers=layers,
+            output_type=output_type, preview=preview, preview_interval=preview_interval,
+        )  # fmt: skip
+        report, levels, n_steps = self._new_report(asked), asked.levels, len(asked.levels) - 1
+        tell, sd_cpp = progress or (lambda phase, done, total: None), self.compat == "sd.cpp"
 
         # 2. prompts
         with report.phase("text_encoder"), self.text_encoder.kept():
-            report.prompt_cached = prompt_embeds is None and self._prompt_key(prompt, pictures) in self._prompts
+            report.prompt_cached = prompt_embeds is None and self._prompt_key(prompt, asked.pictures) in self._prompts
             tell("text encoder", 0, 1)
             if prompt_embeds is None:
                 self._note_prompt(prompt)
-            cond = self.encode(prompt, pictures) if prompt_embeds is None else self._conditioning(prompt_embeds)
+            cond = self._conditioning(prompt_embeds, prompt, asked.pictures)
             uncond = None
-            if guided:
-                uncond = (self.encode(negative_prompt or "", pictures) if negative_prompt_embeds is None
-                          else self._conditioning(negative_prompt_embeds))  # fmt: skip
+            if asked.guided:
+                uncond = self._conditioning(negative_prompt_embeds, negative_prompt or "", asked.pictures)
             tell("text encoder", 1, 1)
 
         # 3. the picture to start from, and those that are edited
         posterior, references = None, []
-        if pixels is not None or pictures:
+        if asked.start is not None or asked.pictures:
             with report.phase("encode_image"), self._reader().kept():
-                posterior = None if pixels is None else self._posterior(pixels)
-                references = self._references(pictures, width, height)
+                posterior = None if asked.start is None else self._posterior(asked.start)
+                references = self._references(asked.pictures, asked.width, asked.height)
 
-        images: list[Any] = []
-        for i in range(num_images_per_prompt):
+        def draw(i: int, seed: int) -> Any:
             # 4. noise
-            generator = make_rng(name, seed + i)
-            start = inpainting = None
+            generator = make_rng(asked.rng, seed)
+            inpainting = start = None
             if posterior is not None:
                 # diffusers goes on with one generator; stable-diffusion.cpp begins it anew for the noise.
-                start = self._drawn(posterior, make_rng(name, seed) if self.compat == "sd.cpp" else generator)
-            x = generator.randn(shape) if noise is None else noise
+                start = self._drawn(posterior, make_rng(asked.rng, asked.seeds[0]) if sd_cpp else generator)
+            x = generator.randn(asked.shape) if asked.noise is None else asked.noise
             if start is not None:
-                if mask is not None:
-                    inpainting = Inpainting(mask, start, x, self.compat)
+                if asked.mask is not None:
+                    inpainting = Inpainting(asked.mask, start, x, self.compat)
                 x = schedule.add_noise(start, x, float(levels[0]))
 
             # 5. denoise
-            clock = [time.perf_counter()]
+            view = View(partial(self._decoded, preview=preview), preview)
+            last = time.perf_counter()
 
-            def after(step: int, sigma: float, x: Float32, clock: list[float] = clock) -> Float32 | None:
-                tell("step", step + 1, len(levels) - 1)
-                report.step_seconds.append(_since(clock))
+            def look(step: int, x0: Float32) -> None:
+                nonlocal last
+                if on_preview is not None and (step + 1) % preview_interval == 0:
+                    begin = time.perf_counter()
+                    with self._decoder_for(preview).kept():
+                        on_preview(i, step, view(x0))
+                    report.previewed(time.perf_counter() - begin)
+                    last += report.preview_seconds[-1]  # no part of a step
+
+            def after(step: int, sigma: float, x: Float32) -> Float32 | None:
+                nonlocal last
+                tell("step", step + 1, n_steps)
+                now = time.perf_counter()
+                report.step_seconds.append(now - last)
+                last = now
                 if callback_on_step_end is None:
                     return None
-                changed = callback_on_step_end(self, step, 1000 * float(levels[step]), {"latents": x})
-                if not isinstance(changed, Mapping) or set(changed) - {"latents"}:
-                    raise ValueError(f"callback_on_step_end must return a dict, of latents or empty: {changed!r:.80}")
-                live = changed.get("latents")
-                return None if live is x else live
+                return _changed(callback_on_step_end(self, step, 1000 * float(levels[step]), {"latents": x}), x)
 
-            view = View(partial(self._decoded, preview=preview), preview)
-
-            def look(step: int, x0: Float32, i: int = i, clock: list[float] = clock, view: View = view) -> None:
-                if on_preview is None or (step + 1) % preview_interval:
-                    return
-                start = time.perf_counter()
-                with self._decoder_for(preview).kept():
-                    on_preview(i, step, view(x0))
-                report.previewed(time.perf_counter() - start)
-                clock[0] += report.preview_seconds[-1]  # no part of a step
-
-            remembered = None if cache is None else cache.begin(len(levels) - 1)
-            tell("step", 0, len(levels) - 1)
+            remembered = None if cache is None else cache.begin(n_steps)
+            tell("step", 0, n_steps)
             with report.phase("denoise"):
                 x = self.denoise(
-                    x, levels, cond, uncond, guidance=guidance, references=references, inpainting=inpainting,
+                    x, levels, cond, uncond, guidance=asked.guidance, references=references, inpainting=inpainting,
                     cache=remembered, method=method, eta=eta, rng=generator, callback=after,
                     on_estimate=look if on_preview else None,
                 )  # fmt: skip
-
-            report.cfg_batch = self.guided_how if guided else None
+            report.cfg_batch = self.guided_how if asked.guided else None
             if remembered is not None:
-                for key, n in remembered.counts.items():
-                    report.cache[key] = report.cache.get(key, 0) + n
+                report.count(remembered.counts)
                 log.info("%s", "step cache: {steps_skipped} of {steps} steps skipped, {evaluations_skipped} of "
                          "{evaluations} evaluations".format(**remembered.counts))  # fmt: skip
                 remembered = None  # memory for the decoder
 
             # 6. decode
             if output_type == "latent":
-                images.append(x)
-                continue
+                return x
             tell("decode", 0, 1)
             with report.phase("decode"):
                 made: Any = self._pictures(x)
             tell("decode", 1, 1)
             self._check_unchanged()
             if on_image:
-                on_image(i, seed + i, made)
-            if output_type == "pil":
-                made = [image.to_pil(layer) for layer in made] if isinstance(made, list) else image.to_pil(made)
-            images.append(made)
+                on_image(i, seed, made)
+            if output_type == "np":
+                return made
+            return [image.to_pil(layer) for layer in made] if isinstance(made, list) else image.to_pil(made)
+
+        images = [draw(i, seed) for i, seed in enumerate(asked.seeds)]
         report.tiles = self._tiles
         self._check_unchanged()
         report.vram = {c.weights.report.component: c.vram for c in self.components() if c.vram}
         report.components = {c.weights.report.component: c.weights.report for c in self.components()}
-        return Result(images, [seed + i for i in range(num_images_per_prompt)], report)
+        return Result(images, asked.seeds, report)
+
+    def size(
+        self, width: int | None = None, height: int | None = None, reference_images: Sequence[Path | Image.Image] = ()
+    ) -> tuple[int, int]:
+        """Width and height of what a call with these arguments draws. ValueError as the call."""
+        return self._target(width, height, reference_images)[1:]
+
+    def phases(
+        self, prompt: str, *, negative_prompt: str | None = "", height: int | None = None, width: int | None = None,
+        cfg_scale: float | None = None, method: str = "euler", num_images_per_prompt: int = 1,
+        encode_image: bool = False, reference_images: Sequence[Path | Image.Image] = (), layers: int | None = None,
+        preview: Mode | None = None, cache: StepCache | None = None, num_inference_steps: int | None = None,
+    ) -> list[Phase]:  # fmt: skip
+        """The graphs that a call with these arguments computes, in order, measured; for models.prediction.predict.
+        `preview`: None for none.
+        """
+        pictures, width, height = self._target(width, height, reference_images, layers, encode_image)
+        guided = self._guidance(cfg_scale) is not None or find_sampler(method).both
+        spans = all_spans([component.weights for component in self.components()])
+        dit, shape = self.transformer, self._latent_shape(width, height, layers)
+
+        texts = [prompt, negative_prompt or ""] if guided else [prompt]
+        before, lengths = self._prompt_phases(texts, pictures, spans)
+        sizes = self._reference_sizes(pictures, width, height)
+        references = [latent_size(*size) for size in sizes]
+        for size in [*sizes, *([(width, height)] if encode_image else [])]:
+            before.append(encoder_phase(self._reader(), *size, self.vae_tile, spans))
+        contexts = []
+        for n in lengths:
+            graph = dit.module.context_graph(dit.backend, n)
+            contexts.append(graph.outputs["context"].ne[1])
+            before.append(Phase.of(self.refiner, graph, spans))
+        n_steps = self.default_steps if num_inference_steps is None else num_inference_steps
+        n_levels = len(set(evaluated(method, np.linspace(1, 0, n_steps + 1, dtype=np.float32))))
+        at_levels = self._levels_phase(n_levels, spans)
+
+        picture = step_phases(
+            dit, lambda n: self._step_sizes(shape, n, references), contexts, spans, cache=cache,
+            at_once=self.cfg_batch is True, extra=at_levels[0].extra if at_levels else 0,
+        )  # fmt: skip
+        if at_levels:
+            before.append(at_levels[0])
+            if at_levels[1]:
+                picture += [at_levels[0], *once_more(picture)]
+        size = shape[-2], shape[-1]
+        if preview:
+            small = (SIDE, SIDE) if preview == "proj" else size
+            picture.append(decoder_phase("preview", self._decoder_for(preview), small, self.vae_tile, spans))
+        picture.append(decoder_phase("decoder", self.decoder, size, self.vae_tile, spans))
+        # What stays is there from the first picture on.
+        return before + picture + (once_more(picture) if num_images_per_prompt > 1 else [])
 
     # -- inside -------------------------------------------------------------------------------------------------------
 
-    def _pictures(self, latents: Float32) -> Pixels | list[Pixels]:
-        """What a run's latents are: a picture, or the layers of one."""
-        return self.decode(latents)
+    def _new_report(self, asked: Asked) -> Report:
+        """Begin a run: nothing is left of the one before."""
+        self._check_unchanged()
+        self._tiles, self._stages = {}, {}
+        self.residency.begin()
+        for component in self.components():
+            component.vram = None
+        if asked.lightning:
+            log.info("%s", asked.lightning)
+        return Report(
+            residency=self.residency.report, stages=self._stages, loras=self.loras.report(), lightning=asked.lightning
+        )
 
     def _prompt_key(self, prompt: str, pictures: Sequence[Pixels]) -> tuple[object, ...]:
         return self.compat, prompt, self.loras.state("text_encoder"), tuple(map(image.fingerprint, pictures))
@@ -795,7 +642,12 @@ class Pipeline(ABC):
             self.transformer.close_graphs()  # room for the larger one
         return found
 
-    def _conditioning(self, values: Conditioning | Float32) -> Conditioning:
+    def _conditioning(
+        self, values: Conditioning | Float32 | None, prompt: str = "", pictures: Sequence[Pixels] = ()
+    ) -> Conditioning:
+        """What is given as one or, where nothing is, that of a prompt."""
+        if values is None:
+            return self.encode(prompt, pictures)
         if isinstance(values, Conditioning):
             return values
         array, dim = np.asarray(values, np.float32), self.transformer.module.config.text_dim
@@ -812,28 +664,48 @@ class Pipeline(ABC):
             cond._refined[self._key] = state, self._refined(cond.features)
         return cond._refined[self._key][1]
 
-    def _in_parts(
-        self, stage: str, sigma: float, blocks: Blocks, inputs: Mapping[str, Any], graph: Callable[[Cut], Graph]
-    ) -> Float32:
-        """The output of a step whose graphs are those of the three parts; `inputs` are of all of them together."""
-        cuts = blocks.settings.cuts(self.transformer.module.config.n_layers)
+    def _velocity(
+        self, x: Float32, sigma: float, context: Float32, references: Sequence[Float32] = (),
+        blocks: Blocks | None = None,
+    ) -> Float32:  # fmt: skip
+        return self._velocities(x, sigma, [context], references, blocks)[0]
+
+    def _graph_for(self, x: Float32, contexts: Sequence[Float32], references: Sequence[Float32]) -> Graph:
+        """The graph of a step with these contexts."""
+        dit = self.transformer  # keeps two graphs: prompt and negative prompt
+        sizes = self._step_sizes(x.shape, tuple(map(len, contexts)), [latents.shape for latents in references])
+        return dit.graph(sizes, partial(dit.module.step_graph, dit.backend, *sizes))
+
+    def _step(
+        self, x: Float32, sigma: float, contexts: Sequence[Float32], references: Sequence[Float32],
+        blocks: Blocks | None, inputs: Mapping[str, Any],
+    ) -> Float32:  # fmt: skip
+        """The output of a step, for `_velocities`; `inputs` are of all parts together."""
+        stage = f"the transformer at sigma {sigma:.4f}"
+        if blocks is None:
+            return np.asarray(self._compute(stage, self._graph_for(x, contexts, references), **inputs)["out"])
+        dit = self.transformer
+        sizes = self._step_sizes(x.shape, len(contexts[0]), [latents.shape for latents in references])
+        cuts = blocks.settings.cuts(dit.module.config.n_layers)
         known = dict(inputs)
 
-        def run(i: int) -> dict[str, Any]:
-            part = graph(cuts[i])
+        def run(cut: Cut) -> dict[str, Any]:
+            build = partial(dit.module.part_graph, dit.backend, *sizes, cut)
+            part = dit.graph((*sizes, cut), build, n_kept=6)  # three parts, for prompt and negative prompt
             return self._compute(stage, part, **{name: known[name] for name in part.inputs})
 
-        state = run(0)
+        front, middle, back = cuts
+        state = run(front)
         change = state.pop("change")
         known |= state
         added = blocks.added(change, sigma)
         if added is None:
-            after = run(1)
+            after = run(middle)
             blocks.learn(change, {name: value - known[name] for name, value in after.items()}, sigma)
             known |= after
         else:
             known |= {name: known[name] + value for name, value in added.items()}
-        return np.asarray(run(2)["out"])
+        return np.asarray(run(back)["out"])
 
     def _compute(self, stage: str, graph: Graph, **inputs: Any) -> dict[str, Any]:
         """Graph.compute; Cancelled when asked to stop, NonFinite naming the stage when a result is not finite."""
@@ -861,34 +733,13 @@ class Pipeline(ABC):
                 raise NonFinite(f"{stage}: {n_bad} of {array.size} values are not finite{bad}")
         return outputs
 
-    def _decoder_phases(self, width: int, height: int, spans: Sequence[Span], preview: Mode | None) -> list[Phase]:
-        """The decoder's graph, and before it that of previews."""
-        found = []
-        for name, mode in (("preview", preview), ("decoder", "vae")) if preview else (("decoder", "vae"),):
-            h, w = (SIDE, SIDE) if mode == "proj" else (height // SIZE_MULTIPLE, width // SIZE_MULTIPLE)
-            n_pixels = SIZE_MULTIPLE**2 * h * w
-            extra = 16 * n_pixels  # bytes: three floats, and whether each is finite
-            part = self._decoder_for(mode if name == "preview" else None)
-            if self.vae_tile:  # and the widest layers of the whole picture in memory of our own
-                extra += part.module.decoder_tiled_bytes(SIZE_MULTIPLE * h, SIZE_MULTIPLE * w)
-                h, w = min(h, self.vae_tile[0]), min(w, self.vae_tile[1])
-            found.append(Phase.of(name, part.module.decoder_graph(part.backend, h, w), spans, extra=extra))
-        return found
-
-    def _encoder_phases(self, sizes: Sequence[tuple[int, int]], spans: Sequence[Span]) -> list[Phase]:
-        """The encoder's graphs for pictures of these sizes, (height, width)."""
-        found = []
-        for h, w in sizes:
-            part, extra = self._reader(), 28 * h * w  # bytes: three floats, twice, and what was read
-            if self.vae_tile:  # as when decoding
-                extra += part.module.encoder_tiled_bytes(h, w)
-                h, w = (min(side, SIZE_MULTIPLE * t) for side, t in zip((h, w), self.vae_tile, strict=True))
-            found.append(Phase.of("image encoder", part.module.encoder_graph(part.backend, h, w), spans, extra=extra))
-        return found
-
     def _stream(self, graph: Graph) -> Stream | None:
         """What the weights of a graph come by, if they come piece by piece."""
         return next(filter(None, (component.stream(graph) for component in self.components())), None)
+
+    def _drop_graphs(self) -> None:
+        for component in self.components():
+            component.close_graphs()
 
     def _check_cancelled(self) -> None:
         if self._cancelled.is_set():
@@ -902,36 +753,9 @@ class Pipeline(ABC):
             raise LoadError(f"a LoRA changed while it was used: {changed}", kind="WeightsChanged")
 
 
-def check_decoders(vae: Path | None, tae: Path | None, tae_preview_only: bool, encoder: bool) -> None:
-    """ValueError unless these files, as `load` takes them, make pictures, and read them with `encoder`."""
-    if vae is None and tae is None:
-        raise ValueError("what makes the pictures? Give an autoencoder, vae (--vae), or a tiny one, tae (--tae)")
-    if tae_preview_only and (vae is None or tae is None):
-        raise ValueError("a tiny autoencoder for previews only: give it as tae (--tae), and vae (--vae) for pictures")
-    if encoder and vae is None:
-        raise ValueError("a tiny autoencoder reads no pictures: give vae (--vae) beside it")
-
-
-def check_size(width: int, height: int) -> None:
-    """ValueError unless both sides are multiples of 8 in 16..4096."""
-    for name, side in (("width", width), ("height", height)):
-        if not isinstance(side, int) or not 16 <= side <= MAX_SIDE or side % SIZE_MULTIPLE:
-            raise ValueError(f"{name} must be a multiple of {SIZE_MULTIPLE} in 16..{MAX_SIDE}, not {side}")
-
-
-def once_more(phases: Sequence[Phase]) -> list[Phase]:
-    """The same graphs as before: what stays is there."""
-    return [replace(phase, buffer=0, stays=False) if phase.stays else phase for phase in phases]
-
-
-def _latents(values: Float32, shape: tuple[int, ...]) -> Float32:
-    array = np.asarray(values, np.float32)
-    if array.shape != shape:
-        raise ValueError(f"latents for this size have shape {shape}, not {array.shape}")
-    return array
-
-
-def _since(clock: list[float]) -> float:
-    """Seconds since the last call with the same clock."""
-    last, clock[0] = clock[0], time.perf_counter()
-    return clock[0] - last
+def _changed(found: Any, x: Float32) -> Float32 | None:
+    """The latents that a callback returned, None when they are still `x`; ValueError for anything else."""
+    if not isinstance(found, Mapping) or set(found) - {"latents"}:
+        raise ValueError(f"callback_on_step_end must return a dict, of latents or empty: {found!r:.80}")
+    live = found.get("latents")
+    return None if live is x else live

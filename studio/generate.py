@@ -38,7 +38,7 @@ def generate(args: argparse.Namespace) -> int:
             raise ValueError("compare-backends wants the weights where they are computed with: leave --max-vram out")
 
     import models
-    from models.pipeline import check_decoders
+    from models.decoders import check_decoders
     from models.preview import check_preview
 
     check_decoders(args.vae, args.tae, args.taesd_preview_only, bool(args.init_img or args.ref_image))
@@ -339,8 +339,8 @@ def _check_sampling(
 ) -> list[float] | None:  # fmt: skip
     """What the pipeline would refuse, before models are loaded. Returns the noise levels of --sigmas, if given."""
     from models import image, sampler, schedule
-    from models.pipeline import check_size
     from models.rng import make_rng
+    from models.sizes import check_size
 
     check_size(64 if width is None else width, 64 if height is None else height)
     sampler.find_sampler(args.sampling_method, args.eta)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -363,7 +364,8 @@ def test_transformer(backend: Backend, tmp_path: Path, case: str) -> None:
         with module.step_graph(backend, n, [len(text)], len(patches) - n) as graph:
             out = graph.compute(**inputs)["out"]
             again = graph.compute(patches=patches)["out"]  # inputs are kept from one computation to the next
-        with module.step_graph(backend, n, [len(text)], len(patches) - n, compat="sd.cpp") as graph:
+        module.config = replace(module.config, compat="sd.cpp")
+        with module.step_graph(backend, n, [len(text)], len(patches) - n) as graph:
             steps = net.position_steps(len(text), "sd.cpp")
             fractions = graph.compute(**{**inputs, "position": steps * inputs["position"]})["out"]
     assert np.array_equal(out, again)

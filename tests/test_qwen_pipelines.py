@@ -221,6 +221,27 @@ def test_editing_as_stable_diffusion_cpp_does(
         assert np.array_equal(blind.encode("a red circle", [pixels]).features, plain)
 
 
+@pytest.mark.parametrize("variant", ["2509", "layered"])
+def test_a_plan_measures_the_graphs_of_the_run(
+    pipes: Mapping[str, QwenImagePipeline], monkeypatch: pytest.MonkeyPatch, variant: str
+) -> None:
+    """Also where sides are no whole patches."""
+    pipe, built = pipes[variant], []
+    build = pipe.transformer.module.step_graph
+
+    def noted(at: Backend, *sizes: Any) -> Any:
+        built.append(sizes)
+        return build(at, *sizes)
+
+    monkeypatch.setattr(pipe.transformer.module, "step_graph", noted)
+    pipe.transformer.close_graphs()
+    options: dict[str, Any] = {"width": 40, "height": 24, "reference_images": [picture()], "cfg_scale": 1.0}
+    pipe("a red circle", **SMALL | options)
+    of_run = built.copy()
+    pipe.phases("a red circle", **options)
+    assert of_run and built == 2 * of_run
+
+
 def test_the_vision_tower_of_another_file(qwen_files: dict[str, Path], tmp_path: Path, backend: Backend) -> None:
     blind = write_tiny_qwen(tmp_path, tower=False)
     run = SMALL | {"reference_images": [picture()], "cfg_scale": 1.0}

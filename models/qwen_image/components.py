@@ -12,10 +12,10 @@ from loader.params import load_params
 
 from .. import autoencoder_qwen, qwen25_vision, qwen25_vl
 from ..autoencoder_qwen import QwenAutoencoder, QwenAutoencoderConfig
-from ..component import Component, Load, require
+from ..component import Component, Load, check_width, require
 from ..devices import Place
+from ..family import Compat, Path
 from ..lora import Naming
-from ..pipeline import Compat, Path
 from ..qwen25_vision import Qwen25Vision, VisionConfig
 from ..qwen25_vl import Qwen25VL, Qwen25VLConfig
 from . import transformer as net
@@ -60,15 +60,15 @@ def open_vision_tower(
 
 def open_transformer(
     path: Path, place: Place, *, options: LoadOptions | None = None, zero_cond_t: bool | None = None,
-    load: Load = load_params,
+    compat: Compat = "diffusers", load: Load = load_params,
 ) -> Component:  # fmt: skip
     """Qwen-Image's transformer. `zero_cond_t`: whether references are modulated as at time 0, as Edit-2511 wants it;
-    the file says so, unless given. LoadError as above.
+    the file says so, unless given. `compat` decides where its text is. LoadError as above.
     """
     checkpoint = open_checkpoint(path)
     require(checkpoint, "diffusion model", ARCHITECTURES, "--diffusion-model")
     checkpoint = checkpoint.without_prefix("model.diffusion_model.")
-    config = QwenImageConfig.from_checkpoint(checkpoint)
+    config = replace(QwenImageConfig.from_checkpoint(checkpoint), compat=compat)
     if zero_cond_t is not None:
         config = replace(config, zero_cond_t=zero_cond_t)
     return Component(
@@ -94,11 +94,7 @@ def check_together(
 ) -> None:
     """LoadError when parts are of different models."""
     llm, dit = text_encoder.module.config, transformer.module.config
-    if llm.dim != dit.text_dim:
-        raise LoadError(
-            f"the text encoder's features have {llm.dim} numbers, the transformer wants {dit.text_dim}: they do not "
-            "belong together", path=text_encoder.checkpoint.path,
-        )  # fmt: skip
+    check_width(text_encoder, transformer)
     if vision is not None and vision.module.config.out_dim != llm.dim:
         raise LoadError(
             f"the vision tower's rows have {vision.module.config.out_dim} numbers, the text encoder's {llm.dim}: they "

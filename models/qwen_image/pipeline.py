@@ -11,26 +11,27 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 
 from loader.options import LoadOptions
 from loader.params import load_params
-from pyggml import Backend, Graph
+from pyggml import Backend
 
-from .. import image, prompt_weights, qwen25_vl, schedule, sd_cpp_words
-from ..autoencoder_tiny import open_tiny_autoencoder
+from .. import image, prompt_weights, qwen25_vl, schedule
 from ..component import Component, Load, opening
+from ..decoders import check_decoders, open_decoders
 from ..devices import Module, places
+from ..family import Compat, Float32, Path, Pixels
 from ..guidance import Guidance, QwenImageGuidance
 from ..lora import ApplyMode
-from ..pipeline import Compat, Float32, Path, Pipeline, Pixels, check_decoders, check_size, once_more
-from ..prediction import Phase, all_spans
-from ..preview import Mode
+from ..pipeline import Pipeline
+from ..prediction import Phase
+from ..residency import Span
 from ..rng import RNG
-from ..sampler import evaluated, find_sampler
-from ..step_cache import Blocks, Cut, StepCache
+from ..sizes import PATCH, latent_size, n_patches, whole_patches
+from ..step_cache import Blocks
 from ..tokenizer import Tokenizer
 from . import prompt as prompts
 from . import references
@@ -60,6 +61,7 @@ class QwenImagePipeline(Pipeline):
     edits = True
     has_lightning = True
     tiny = "TAEHV"
+    refiner = "text's projection"
     default_layers: ClassVar[int] = 4
 
     def __init__(
@@ -112,17 +114,13 @@ class QwenImagePipeline(Pipeline):
         with opening(place) as parts:
             parts.append(open_text_encoder(llm, place["te"], options=options, load=load))
             zero = None if variant is None else variant == "2511"
-            at = place["diffusion"]
-            parts.append(open_transformer(diffusion_model, at, options=options, zero_cond_t=zero, load=load))
+            parts.append(open_transformer(
+                diffusion_model, place["diffusion"], options=options, zero_cond_t=zero, compat=compat, load=load
+            ))  # fmt: skip
             text_encoder, transformer = parts
-            autoencoder = tiny = None
-            if vae is not None:
-                autoencoder = open_autoencoder(vae, place["vae"], options=options, encoder=encoder, load=load)
-                parts.append(autoencoder)
-            if tae is not None:
-                n_channels = transformer.module.config.in_channels
-                tiny = open_tiny_autoencoder(tae, cls.tiny, n_channels, place["vae"], options=options, load=load)
-                parts.append(tiny)
+            autoencoder, tiny = open_decoders(
+                parts, vae, tae, place["vae"], cls.tiny, open_autoencoder, encoder=encoder, options=options, load=load
+            )
             vision: Component | None = None
             if encoder and not transformer.module.config.layered:
                 vision = open_vision_tower(
@@ -133,8 +131,6 @@ class QwenImagePipeline(Pipeline):
             if transformer.module.config.layered and tae is not None and not tae_preview_only:
                 raise ValueError("a tiny autoencoder makes no layers, which are transparent: it is for previews only")
             tokenizer = tokenizer or Tokenizer.for_checkpoint(text_encoder.checkpoint)
-            if compat == "sd.cpp":
-                tokenizer = tokenizer.with_split(sd_cpp_words.split)
             return cls(
                 text_encoder, transformer, autoencoder, tokenizer, tae=tiny, tae_preview_only=tae_preview_only,
                 vision=vision, variant=variant, grid_positions=grid_positions, compat=compat,
@@ -315,16 +311,14 @@ class QwenImagePipeline(Pipeline):
         blocks: Blocks | None = None,
     ) -> list[Float32]:  # fmt: skip
         module: QwenImageTransformer = self.transformer.module
-        frames = [_even(frame) for frame in (x if x.ndim == 4 else x[None])]
-        others = [_even(latents) for latents in references]
-        grids = [(a.shape[1] // net.PATCH, a.shape[2] // net.PATCH) for a in (frames[0], *others)]
-        n_patches, n_others = len(frames) * math.prod(grids[0]), sum(math.prod(grid) for grid in grids[1:])
-        n_text = tuple(map(len, contexts))
+        frames = [whole_patches(frame) for frame in (x if x.ndim == 4 else x[None])]
+        others = [whole_patches(latents) for latents in references]
+        grids = [(a.shape[1] // PATCH, a.shape[2] // PATCH) for a in (frames[0], *others)]
         modulation = self._modulation(sigma)
         positions = [
             net.joint_positions(
-                n, grids[0], grids[1:], n_targets=len(frames), layered=self.layered, compat=self.compat
-            ) for n in n_text
+                len(context), grids[0], grids[1:], n_targets=len(frames), layered=self.layered, compat=self.compat
+            ) for context in contexts
         ]  # fmt: skip
         inputs = {
             "patches": np.concatenate([net.patchify(a) for a in (*frames, *others)]),
@@ -333,55 +327,37 @@ class QwenImagePipeline(Pipeline):
             "modulation_image": modulation.image,
             "modulation_text": modulation.text,
         }
-        if module.config.zero_cond_t and n_others:
+        if module.config.zero_cond_t and others:
             inputs["modulation_zero"] = self._modulation(0.0).image[: net.N_MOD * module.config.n_layers]
-        stage = f"the transformer at sigma {sigma:.4f}"
-        if blocks is None:
-            out = self._compute(stage, self._step_graph(n_patches, n_text, n_others), **inputs)["out"]
-        else:
-            part_graph = partial(self._part_graph, n_patches, n_text[0], n_others)
-            out = self._in_parts(stage, sigma, blocks, inputs, part_graph)
+        out = self._step(x, sigma, contexts, references, blocks, inputs)
         h, w = x.shape[-2:]
         found = [net.unpatchify(part, *frames[0].shape[1:])[:, :h, :w]
                  for part in np.split(out.reshape(-1, out.shape[-1]), len(contexts) * len(frames))]  # fmt: skip
         stacked = np.stack(found).reshape(len(contexts), *x.shape)
         return list(stacked)
 
-    def _graph_for(self, x: Float32, contexts: Sequence[Float32], references: Sequence[Float32]) -> Graph:
-        n_patches = math.prod(x.shape[:-3]) * _n_patches(x)
-        return self._step_graph(n_patches, tuple(map(len, contexts)), sum(map(_n_patches, references)))
-
-    def _step_graph(self, n_patches: int, n_text: Sequence[int], n_references: int) -> Graph:
-        transformer = self.transformer  # keeps two graphs: prompt and negative prompt
-        sizes = n_patches, n_text, n_references
-        build = partial(transformer.module.step_graph, transformer.backend, *sizes, compat=self.compat)
-        return transformer.graph(sizes, build)
-
-    def _part_graph(self, n_patches: int, n_text: int, n_references: int, cut: Cut) -> Graph:
-        transformer = self.transformer  # three parts, for prompt and negative prompt
-        sizes = n_patches, n_text, n_references
-        build = partial(transformer.module.part_graph, transformer.backend, *sizes, cut, compat=self.compat)
-        return transformer.graph((*sizes, cut), build, n_kept=6)
+    def _step_sizes(self, shape: Sequence[int], n_context: Any, references: Sequence[Sequence[int]]) -> tuple[Any, ...]:
+        return n_patches(shape), n_context, sum(map(n_patches, references))
 
     def _sigmas(
         self, n: int, explicit: Sequence[float] | None, name: str | None, shift: float | None, method: str,
         width: int, height: int,
     ) -> Float32:  # fmt: skip
-        n_patches = math.ceil(height / 16) * math.ceil(width / 16)
+        n_of_picture = n_patches(latent_size(width, height))
         if explicit is not None:
             if self.compat == "sd.cpp":
                 return schedule.explicit(explicit)
             if shift is not None:
                 return schedule.shifted(explicit, shift)
-            mu = schedule.qwen_layered_mu(n_patches) if self.layered else schedule.qwen_image_mu(n_patches)
+            mu = schedule.qwen_layered_mu(n_of_picture) if self.layered else schedule.qwen_image_mu(n_of_picture)
             return schedule.shifted_by_size(explicit, mu, schedule.QWEN_TERMINAL)
         if name is None and self.layered and self.compat == "diffusers" and shift is None:
-            return schedule.qwen_layered(n, n_patches)
+            return schedule.qwen_layered(n, n_of_picture)
         if name is None:
             of_model = "qwen_image" if shift is None else "diffusers"  # a shift that is given is a constant one
             name = schedule.sd_cpp_default(method) if self.compat == "sd.cpp" else of_model
         shift = self.default_shift if shift is None else shift
-        return schedule.sigmas(name, n, shift=shift, n_positions=4 * n_patches)
+        return schedule.sigmas(name, n, shift=shift, n_positions=4 * n_of_picture)
 
     def _guidance(
         self, cfg_scale: float | None, guidance_scale: float | None = None, true_cfg_scale: float | None = None,
@@ -401,70 +377,39 @@ class QwenImagePipeline(Pipeline):
 
     # -- before anything is computed ----------------------------------------------------------------------------------
 
-    def phases(
-        self, prompt: str, *, negative_prompt: str | None = "", height: int | None = None, width: int | None = None,
-        cfg_scale: float | None = None, method: str = "euler", num_images_per_prompt: int = 1,
-        encode_image: bool = False, reference_images: Sequence[Path | Image.Image] = (), layers: int | None = None,
-        preview: Mode | None = None, cache: StepCache | None = None, num_inference_steps: int | None = None,
-    ) -> list[Phase]:  # fmt: skip
-        self._check_asked(len(reference_images), layers, encode_image)
-        pictures = [self._read_reference(source) for source in reference_images]
-        width, height = self._size(width, height, pictures)
-        check_size(width, height)
-        guided = self._guidance(cfg_scale) is not None or find_sampler(method).both
-        spans = all_spans([component.weights for component in self.components()])
-        dit: QwenImageTransformer = self.transformer.module
-        n_frames = self._latent_shape(width, height, layers)[0] if self.layered else 1
-        target = -(-height // 16), -(-width // 16)
-        found, n_rows, others = [], [], []
-        for sides in map(_sides, pictures):  # as `_look_at` and `_references` scale them
-            if self.layered:
-                others.append((width, height))
-                continue
-            others.append(references.size_of_area(*sides, self._reference_area(width, height), compat=self.compat))
-            if self.vision:
-                multiple = self.vision.module.config.multiple
-                grid = references.tower_grid(*sides, self._tower_area, multiple, compat=self.compat)
+    def _prompt_phases(
+        self, texts: Sequence[str], pictures: Sequence[Pixels], spans: Sequence[Span]
+    ) -> tuple[list[Phase], list[int]]:
+        found, n_rows, lengths = [], [], []
+        if self.vision and not self.layered:
+            tower = self.vision.module
+            for sides in map(_sides, pictures):  # as `_look_at` scales them
+                grid = references.tower_grid(*sides, self._tower_area, tower.config.multiple, compat=self.compat)
                 n_rows.append(math.prod(grid))
-                graph = self.vision.module.graph(self.vision.backend, self.vision.module.layout(*grid))
+                graph = tower.graph(self.vision.backend, tower.layout(*grid))
                 found.append(Phase.of("vision tower", graph, spans))
-        lengths = []
-        for text in [prompt, negative_prompt or ""] if guided else [prompt]:
+        for text in texts:
             ids, n_dropped, weights = self._tokens(text, n_rows, edit=self._is_edit(pictures))
             dropped = 0 if weights else n_dropped
             graph = self.text_encoder.module.graph(self.text_encoder.backend, len(ids), sum(n_rows), dropped)
             found.append(Phase.of("text encoder", graph, spans, n_rows=len(set(ids))))
             lengths.append(len(ids) - n_dropped)
-        read = [*others, *([(width, height)] if encode_image else [])]
-        found += self._encoder_phases([(high, wide) for wide, high in read], spans)
-        at = self.transformer.backend
-        found += [Phase.of("text's projection", dit.context_graph(at, n), spans) for n in lengths]
-        n_steps = self.default_steps if num_inference_steps is None else num_inference_steps
-        n_levels = len(set(evaluated(method, np.linspace(1, 0, n_steps + 1, dtype=np.float32))))
+        return found, lengths
+
+    def _reference_sizes(self, pictures: Sequence[Pixels], width: int, height: int) -> list[tuple[int, int]]:
+        if self.layered:
+            return [(width, height)] * len(pictures)
+        area = self._reference_area(width, height)
+        return [references.size_of_area(*sides, area, compat=self.compat) for sides in map(_sides, pictures)]
+
+    def _levels_phase(self, n_levels: int, spans: Sequence[Span]) -> tuple[Phase, bool]:
+        dit: QwenImageTransformer = self.transformer.module
         n_at_once = min(n_levels, net.TIMES_AT_ONCE - 1) + dit.config.zero_cond_t
         held = n_at_once * 4 * dit.config.dim * (2 * net.N_MOD * dit.config.n_layers + 2)
-        modulation = Phase.of("modulation", dit.modulation_graph(at, n_at_once), spans, extra=held)
-        n_patches = n_frames * math.prod(target)
-        n_others = sum(wide // 16 * (high // 16) for wide, high in others)
-        steps = self._step_phases(lengths, cache, spans, lambda n: (n_patches, n, n_others), extra=held)
-        if n_levels >= net.TIMES_AT_ONCE:  # then the next levels
-            steps += [modulation, *once_more(steps)]
-        picture_phases = steps + self._decoder_phases(width, height, spans, preview)
-        return self._all_phases([*found, modulation], picture_phases, num_images_per_prompt)
+        graph = dit.modulation_graph(self.transformer.backend, n_at_once)
+        return Phase.of("modulation", graph, spans, extra=held), n_levels >= net.TIMES_AT_ONCE
 
 
 def _sides(picture: Pixels) -> tuple[int, int]:
     """Width and height."""
     return picture.shape[1], picture.shape[0]
-
-
-def _n_patches(latents: Float32) -> int:
-    """Of one picture, its sides rounded up to whole patches."""
-    h, w = latents.shape[-2:]
-    return int(-(-h // net.PATCH) * -(-w // net.PATCH))
-
-
-def _even(latents: Float32) -> Float32:
-    """Padded to whole patches."""
-    _, h, w = latents.shape
-    return np.pad(latents, ((0, 0), (0, h % net.PATCH), (0, w % net.PATCH)))

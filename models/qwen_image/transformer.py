@@ -31,11 +31,11 @@ from ..detected import detected, n_blocks, shape
 from ..lora import Naming, extra_nodes
 from ..nn import Linear, Module, RMSNorm, attention, graph_use, linear_gelu, side_by_side, tokens
 from ..rope import apply_rope_axes
+from ..sizes import PATCH
 from ..step_cache import Cut
 
 Compat = Literal["diffusers", "sd.cpp"]
 
-PATCH = 2  # latent pixels along a side of a patch
 T_EMBED = 256  # width of the time sinusoid
 T_SCALE = 1000.0
 ROPE_THETA = 10000.0
@@ -66,6 +66,7 @@ class QwenImageConfig:
     axes_dims: tuple[int, int, int]
     zero_cond_t: bool = False  # references are modulated as at time 0
     layered: bool = False  # several pictures at once, and an embedding beside the time's
+    compat: Compat = "diffusers"  # whose positions: see joint_positions
 
     @property
     def in_channels(self) -> int:
@@ -349,9 +350,8 @@ class QwenImageTransformer(Module):
         return graph
 
     def step_graph(
-        self, backend: Backend, n_patches: int, n_text: Sequence[int], n_references: int = 0, *,
-        compat: Compat = "diffusers",
-    ) -> Graph:  # fmt: skip
+        self, backend: Backend, n_patches: int, n_text: Sequence[int], n_references: int = 0
+    ) -> Graph:
         """For `n_patches` of the target, then `n_references` of all references; `n_text` of each prompt.
 
         Inputs patches [n_patches + n_references, patch_dim], context [sum of n_text, dim], position, [3, n_text + all
@@ -359,22 +359,19 @@ class QwenImageTransformer(Module):
         references and `zero_cond_t` also modulation_zero. Output out, numpy [n_prompts * n_patches, patch_dim].
         """
         c = self.config
-        graph, runs, text_run, prompts = self._step_inputs(backend, n_patches, n_text, n_references, c.n_layers, compat)
+        graph, runs, text_run, prompts = self._step_inputs(backend, n_patches, n_text, n_references, c.n_layers)
         patches = graph.input((c.patch_dim, n_patches + n_references), name="patches")
         context = graph.input((c.dim, sum(n_text)), name="context")
         assert text_run
         graph.output(self(patches, context, runs, text_run, prompts, n_patches), name="out")
         return graph
 
-    def part_graph(
-        self, backend: Backend, n_patches: int, n_text: int, n_references: int, cut: Cut, *,
-        compat: Compat = "diffusers",
-    ) -> Graph:  # fmt: skip
+    def part_graph(self, backend: Backend, n_patches: int, n_text: int, n_references: int, cut: Cut) -> Graph:
         """A part of `step_graph`, with the inputs that it needs; parts hand on x, numpy [all patches, dim], and, where
         blocks follow, text, [n_text, dim].
         """
         c, n, n_blocks = self.config, n_patches + n_references, cut.end - cut.begin
-        graph, runs, text_run, prompts = self._step_inputs(backend, n_patches, [n_text], n_references, n_blocks, compat)
+        graph, runs, text_run, prompts = self._step_inputs(backend, n_patches, [n_text], n_references, n_blocks)
         if cut.first:
             x = self.img_in(graph.input((c.patch_dim, n), name="patches"))
         else:
@@ -394,9 +391,8 @@ class QwenImageTransformer(Module):
         return graph
 
     def _step_inputs(
-        self, backend: Backend, n_patches: int, n_text: Sequence[int], n_references: int, n_blocks: int,
-        compat: Compat,
-    ) -> tuple[Graph, list[Run], Run | None, list[Positions]]:  # fmt: skip
+        self, backend: Backend, n_patches: int, n_text: Sequence[int], n_references: int, n_blocks: int
+    ) -> tuple[Graph, list[Run], Run | None, list[Positions]]:
         """A graph with the inputs that say where and when tokens are: runs of image and text, each prompt's positions.
         Those that no block would read are not there.
         """
@@ -413,7 +409,7 @@ class QwenImageTransformer(Module):
         for n_one in n_text:
             offsets = (start * position.nb[0] + axis * position.nb[1] for axis in range(3))
             axes = [ops.view(position, (n_one + n,), offset=offset) for offset in offsets]
-            prompts.append(Positions(axes, 1 / position_steps(n_one, compat)))
+            prompts.append(Positions(axes, 1 / position_steps(n_one, c.compat)))
             start += n_one + n
         text = graph.input((c.dim, n_vectors), name="modulation_text")
         runs = [Run(0, n_prompts * n, image)]

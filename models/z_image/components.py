@@ -13,8 +13,8 @@ from .. import autoencoder_kl, qwen3
 from ..autoencoder_kl import AutoencoderConfig, AutoencoderKL
 from ..component import Component, Load, require
 from ..devices import Place
+from ..family import Compat, Path
 from ..lora import Naming
-from ..pipeline import Compat, Path
 from ..qwen3 import Qwen3, Qwen3Config
 from . import transformer as net
 from .transformer import ZImageConfig, ZImageTransformer

@@ -7,34 +7,30 @@ Z-Image-Turbo: 8 steps, no guidance, shift 3.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from PIL import Image
-
-from loader.errors import LoadError
 from loader.options import LoadOptions
 from loader.params import load_params
-from pyggml import Backend, Graph
+from pyggml import Backend
 
-from .. import autoencoder_kl, prompt_weights, schedule, sd_cpp_words
-from ..autoencoder_tiny import open_tiny_autoencoder
-from ..component import Load, opening
+from .. import autoencoder_kl, prompt_weights, schedule
+from ..component import Load, check_width, opening
+from ..decoders import check_decoders, open_decoders
 from ..devices import Module, places
+from ..family import Compat, Float32, Path, Pixels
 from ..guidance import Guidance, ZImageGuidance
 from ..lora import ApplyMode
-from ..pipeline import SIZE_MULTIPLE, Compat, Float32, Path, Pipeline, Pixels, check_decoders, check_size
-from ..prediction import Phase, all_spans
-from ..preview import Mode
+from ..pipeline import Pipeline
+from ..prediction import Phase
 from ..qwen3 import Qwen3
+from ..residency import Span
 from ..rng import RNG
-from ..sampler import find_sampler
-from ..step_cache import Blocks, Cut, StepCache
+from ..sizes import PATCH, n_patches, whole_patches
+from ..step_cache import Blocks
 from ..tokenizer import TEMPLATE, Tokenizer
 from . import transformer as net
 from .components import open_autoencoder, open_text_encoder, open_transformer
@@ -53,6 +49,7 @@ class ZImagePipeline(Pipeline):
     default_cfg_scale = 1.0
     default_strength = 0.6, 1.0
     tiny = "TAESD"
+    refiner = "caption refiner"
 
     @classmethod
     def load(
@@ -90,23 +87,11 @@ class ZImagePipeline(Pipeline):
             dit_place = place["diffusion"]
             parts.append(open_transformer(diffusion_model, dit_place, options=options, compat=compat, load=load))
             text_encoder, transformer = parts
-            autoencoder = tiny = None
-            if vae is not None:
-                autoencoder = open_autoencoder(vae, place["vae"], options=options, encoder=encoder, load=load)
-                parts.append(autoencoder)
-            if tae is not None:
-                n_channels = transformer.module.config.in_channels
-                tiny = open_tiny_autoencoder(tae, cls.tiny, n_channels, place["vae"], options=options, load=load)
-                parts.append(tiny)
-            width = text_encoder.module.config.dim
-            if transformer.module.config.text_dim != width:
-                raise LoadError(
-                    f"the text encoder's features have {width} numbers, the transformer wants "
-                    f"{transformer.module.config.text_dim}: they do not belong together", path=os.fspath(llm),
-                )  # fmt: skip
+            autoencoder, tiny = open_decoders(
+                parts, vae, tae, place["vae"], cls.tiny, open_autoencoder, encoder=encoder, options=options, load=load
+            )
+            check_width(text_encoder, transformer)
             tokenizer = tokenizer or Tokenizer.for_checkpoint(text_encoder.checkpoint)
-            if compat == "sd.cpp":
-                tokenizer = tokenizer.with_split(sd_cpp_words.split)
             default_size = int(transformer.checkpoint.metadata.get("z_image.default_size", 1024))
             return cls(
                 text_encoder, transformer, autoencoder, tokenizer, tae=tiny, tae_preview_only=tae_preview_only,
@@ -144,36 +129,19 @@ class ZImagePipeline(Pipeline):
         self, x: Float32, sigma: float, contexts: Sequence[Float32], references: Sequence[Float32] = (),
         blocks: Blocks | None = None,
     ) -> list[Float32]:  # fmt: skip
-        _, h, w = x.shape
-        padded_x = np.pad(x, ((0, 0), (0, h % 2), (0, w % 2)))  # sizes that are no multiple of 16
-        rows, columns = padded_x.shape[1] // net.PATCH, padded_x.shape[2] // net.PATCH
-        n_patches, n_context = rows * columns, tuple(map(len, contexts))
+        padded = whole_patches(x)
+        grid, n_context = (padded.shape[1] // PATCH, padded.shape[2] // PATCH), tuple(map(len, contexts))
         positions = [part for n in n_context
-                     for part in (net.image_positions(rows, columns, n), net.context_positions(n))]  # fmt: skip
+                     for part in (net.image_positions(*grid, n), net.context_positions(n))]  # fmt: skip
         t = np.array([net.T_SCALE * (1 - sigma)], np.float32)
-        inputs = dict(patches=net.patchify(padded_x), t=t, context=np.concatenate(contexts),
+        inputs = dict(patches=net.patchify(padded), t=t, context=np.concatenate(contexts),
                       position=np.concatenate(positions, axis=1))  # fmt: skip
-        stage = f"the transformer at sigma {sigma:.4f}"
-        if blocks is None:
-            out = self._compute(stage, self._step_graph(n_patches, n_context), **inputs)["out"]
-        else:
-            part_graph = partial(self._part_graph, n_patches, n_context[0])
-            out = self._in_parts(stage, sigma, blocks, inputs, part_graph)
-        return [-net.unpatchify(part, *padded_x.shape[1:])[:, :h, :w] for part in np.split(out, len(contexts))]
-
-    def _graph_for(self, x: Float32, contexts: Sequence[Float32], references: Sequence[Float32]) -> Graph:
+        out = self._step(x, sigma, contexts, references, blocks, inputs)
         _, h, w = x.shape
-        return self._step_graph(-(-h // net.PATCH) * -(-w // net.PATCH), tuple(map(len, contexts)))
+        return [-net.unpatchify(part, *padded.shape[1:])[:, :h, :w] for part in np.split(out, len(contexts))]
 
-    def _step_graph(self, n_patches: int, n_context: Sequence[int]) -> Graph:
-        transformer = self.transformer  # keeps two graphs: prompt and negative prompt
-        build = partial(transformer.module.step_graph, transformer.backend, n_patches, n_context)
-        return transformer.graph((n_patches, n_context), build)
-
-    def _part_graph(self, n_patches: int, n_context: int, cut: Cut) -> Graph:
-        transformer = self.transformer  # three parts, for prompt and negative prompt
-        build = partial(transformer.module.part_graph, transformer.backend, n_patches, n_context, cut)
-        return transformer.graph((n_patches, n_context, cut), build, n_kept=6)
+    def _step_sizes(self, shape: Sequence[int], n_context: Any, references: Sequence[Sequence[int]]) -> tuple[Any, ...]:
+        return n_patches(shape), n_context
 
     def _sigmas(
         self, n: int, explicit: Sequence[float] | None, name: str | None, shift: float | None, method: str,
@@ -220,26 +188,10 @@ class ZImagePipeline(Pipeline):
 
     # -- before anything is computed ----------------------------------------------------------------------------------
 
-    def phases(
-        self, prompt: str, *, negative_prompt: str | None = "", height: int | None = None, width: int | None = None,
-        cfg_scale: float | None = None, method: str = "euler", num_images_per_prompt: int = 1,
-        encode_image: bool = False, reference_images: Sequence[Path | Image.Image] = (), layers: int | None = None,
-        preview: Mode | None = None, cache: StepCache | None = None, num_inference_steps: int | None = None,
-    ) -> list[Phase]:  # fmt: skip
-        self._check_asked(len(reference_images), layers, encode_image)
-        width = self.default_size if width is None else width
-        height = self.default_size if height is None else height
-        check_size(width, height)
-        guided = self._guidance(cfg_scale) is not None or find_sampler(method).both
-        spans = all_spans([component.weights for component in self.components()])
-        ids = [self._tokens(text)[0] for text in ([prompt, negative_prompt or ""] if guided else [prompt])]
-        lengths = [*map(len, ids)]
-        n_patches = -(-height // SIZE_MULTIPLE // net.PATCH) * -(-width // SIZE_MULTIPLE // net.PATCH)
-        dit: ZImageTransformer = self.transformer.module
-        encoder_graph = partial(self.text_encoder.module.graph, self.text_encoder.backend)
-        found = [Phase.of("text encoder", encoder_graph(len(x)), spans, n_rows=len(set(x))) for x in ids]
-        found += self._encoder_phases([(height, width)] if encode_image else [], spans)
-        found += [Phase.of("caption refiner", dit.context_graph(self.transformer.backend, n), spans) for n in lengths]
-        picture = self._step_phases([*map(net.padded, lengths)], cache, spans, lambda n: (n_patches, n))
-        picture += self._decoder_phases(width, height, spans, preview)
-        return self._all_phases(found, picture, num_images_per_prompt)
+    def _prompt_phases(
+        self, texts: Sequence[str], pictures: Sequence[Pixels], spans: Sequence[Span]
+    ) -> tuple[list[Phase], list[int]]:
+        graph = partial(self.text_encoder.module.graph, self.text_encoder.backend)
+        ids = [self._tokens(text)[0] for text in texts]
+        found = [Phase.of("text encoder", graph(len(x)), spans, n_rows=len(set(x))) for x in ids]
+        return found, [*map(len, ids)]

@@ -27,9 +27,9 @@ from ..detected import detected, n_blocks, shape
 from ..lora import Naming, extra_nodes
 from ..nn import Linear, Module, RMSNorm, attention, graph_use, side_by_side, split_heads, tokens
 from ..rope import apply_rope_axes
+from ..sizes import PATCH
 from ..step_cache import Cut
 
-PATCH = 2  # latent pixels along a side of a patch
 MULTIPLE = 32  # both sequences are padded to a multiple of it
 T_EMBED = 256  # width of the time sinusoid
 T_SCALE = 1000.0
