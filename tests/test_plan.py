@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
+from tiny_models import write_tiny_qwen
 
 import models
 from loader.checkpoint import open_checkpoint
@@ -112,6 +113,39 @@ def test_a_larger_models_peak_is_predicted_and_kept_within_a_limit(tmp_path: Pat
     assert stream["kept"] + stream["per_pass"] == stream["weights"] == tight["predicted"]["phases"][2]["weights"]
     assert tight["predicted"]["phases"][2]["per_pass"] == pytest.approx(stream["per_pass"], rel=0.1)
     assert tight["predicted"]["room_source"] == tight["residency"]["room_source"] == "the limit that was set"
+
+
+@linux
+@pytest.mark.parametrize("tile", [None, 8])
+def test_reading_a_picture_is_predicted_in_tiles_too(tile: int | None) -> None:
+    code = f"""
+import numpy as np, models
+from models.memory import Memory
+with models.load({str(DEMO / "z_image_demo.gguf")!r}, {str(LLM)!r}, {str(VAE)!r}, encoder=True, n_threads=1) as pipe:
+    pipe.vae_tile = {tile and (tile, tile)}
+    pipe.encode_image(np.zeros((64, 64, 3), np.uint8))
+    phases = pipe.phases("x", width=768, height=640, encode_image=True)
+    phase = next(phase for phase in phases if phase.name == "image encoder")
+    before, picture = Memory.now().rss, np.zeros((640, 768, 3), np.uint8)
+    pipe.encode_image(picture)
+    print(phase.buffer + phase.work + phase.extra, Memory.now().peak_rss - before)
+"""
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True,
+                          cwd=Path(__file__).parent.parent)  # fmt: skip
+    predicted, measured = map(int, done.stdout.split())
+    assert predicted == pytest.approx(measured, rel=0.1)
+
+
+def test_a_plan_of_many_steps_has_the_modulation_again(tmp_path: Path) -> None:
+    with models.load(**write_tiny_qwen(tmp_path), load=stand_in) as pipe:
+        def names(n: int, method: str = "euler") -> list[str]:
+            found = pipe.phases("x", width=64, height=64, num_inference_steps=n, cfg_scale=1, method=method)
+            return [phase.name for phase in found][2:]
+
+        few = ["modulation", "steps", "decoder"]
+        many = ["modulation", "steps", "modulation", "steps", "decoder"]
+        assert [names(1), names(15), names(16), names(50)] == [few, few, many, many]
+        assert [names(8, "dpm2"), names(9, "dpm2")] == [few, many]  # which asks twice in a step
 
 
 @pytest.fixture(scope="module")
