@@ -116,13 +116,9 @@ class Family(ABC):
     def _refined(self, features: Float32) -> Float32:
         """What the transformer makes of them once, before the steps: [n_tokens, dim]."""
 
-    @abstractmethod
-    def _posterior(self, picture: Pixels) -> tuple[Float32, Float32 | None]:
-        """Mean and, where pipelines draw from it, standard deviation of a picture's latents."""
-
-    @abstractmethod
-    def _drawn(self, posterior: tuple[Float32, Float32 | None], rng: RNG | None) -> Float32:
-        """Latents as the transformer takes them; with an rng a sample of the posterior, where pipelines draw one."""
+    def _drawn(self, mean: Float32, deviation: Float32, rng: RNG | None) -> Float32:
+        """Latents as the transformer takes them, of what the autoencoder makes of a picture; with an rng a sample."""
+        return mean if rng is None else mean + deviation * rng.randn(mean.shape)
 
     def _references(self, pictures: Sequence[Pixels], width: int, height: int) -> list[Float32]:
         """Latents of the pictures that are edited."""

@@ -366,13 +366,15 @@ class Pipeline(Family):
 
         ValueError when the encoder was not loaded.
         """
-        return self._drawn(self._posterior(picture), rng)
+        return self._drawn(*self._posterior(picture), rng)
 
-    def _encoded(self, picture: Pixels) -> Any:
-        """What the autoencoder's encoder makes of a picture."""
+    def _posterior(self, picture: Pixels) -> tuple[Float32, Float32]:
+        """Mean and standard deviation of a picture's latents, as the autoencoder's encoder makes them."""
         reader, compute, pixels = self._reader(), partial(self._compute, "the encoder"), image.to_float(picture)
         with reader.in_use() as module:
-            return self._tiled("encode_image", partial(module.encode, reader.backend, pixels, compute))
+            run = partial(module.encode, reader.backend, pixels, compute)
+            mean, deviation = self._tiled("encode_image", run)
+        return mean, deviation
 
     def _reader(self) -> Component:
         """The autoencoder with its encoder; ValueError when there is none."""
@@ -471,7 +473,7 @@ class Pipeline(Family):
             inpainting = start = None
             if posterior is not None:
                 # diffusers goes on with one generator; stable-diffusion.cpp begins it anew for the noise.
-                start = self._drawn(posterior, make_rng(asked.rng, asked.seeds[0]) if sd_cpp else generator)
+                start = self._drawn(*posterior, make_rng(asked.rng, asked.seeds[0]) if sd_cpp else generator)
             x = generator.randn(asked.shape) if asked.noise is None else asked.noise
             if start is not None:
                 if asked.mask is not None:

@@ -275,13 +275,8 @@ class QwenImagePipeline(Pipeline):
         first = 0 if self.compat == "sd.cpp" else 1
         return [self._decoded(layer) for layer in latents[first:]]  # a layer may be empty
 
-    def _posterior(self, picture: Pixels) -> tuple[Float32, Float32 | None]:
-        mean, deviation = self._encoded(picture)
-        return mean, None if self.compat == "sd.cpp" else deviation  # which takes the mean
-
-    def _drawn(self, posterior: tuple[Float32, Float32 | None], rng: RNG | None) -> Float32:
-        latents, deviation = posterior
-        return latents if rng is None or deviation is None else latents + deviation * rng.randn(latents.shape)
+    def _drawn(self, mean: Float32, deviation: Float32, rng: RNG | None) -> Float32:
+        return super()._drawn(mean, deviation, None if self.compat == "sd.cpp" else rng)  # which takes the mean
 
     # -- steps --------------------------------------------------------------------------------------------------------
 

@@ -176,15 +176,8 @@ class ZImagePipeline(Pipeline):
 
     # -- pictures -----------------------------------------------------------------------------------------------------
 
-    def _posterior(self, picture: Pixels) -> tuple[Float32, Float32 | None]:
-        mean, deviation = self._encoded(picture)
-        return mean, deviation
-
-    def _drawn(self, posterior: tuple[Float32, Float32 | None], rng: RNG | None) -> Float32:
-        latents, deviation = posterior
-        if rng is not None and deviation is not None:
-            latents = latents + deviation * rng.randn(latents.shape)
-        return autoencoder_kl.scale_latents(latents)
+    def _drawn(self, mean: Float32, deviation: Float32, rng: RNG | None) -> Float32:
+        return autoencoder_kl.scale_latents(super()._drawn(mean, deviation, rng))
 
     # -- before anything is computed ----------------------------------------------------------------------------------
 
