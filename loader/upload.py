@@ -55,7 +55,7 @@ class Uploader:
     def put(self, tensor: Tensor, offset: int, n_bytes: int, fill: Fill) -> None:
         """Write `n_bytes` at `offset` of the tensor. `fill(at, memory)` writes those from `at` bytes on.
 
-        DeviceLost, OutOfMemory; and what `fill` raises.
+        DeviceLost, ServerLost, OutOfMemory; and what `fill` raises.
         """
         done = 0
         while done < n_bytes:
@@ -80,6 +80,7 @@ class Uploader:
 
     def _send(self) -> None:
         """Start uploading what the current stage holds; then make the other one the current one, free to be filled."""
+        self.device.check()  # what a server that is gone would be sent would be for nothing
         stage, other = self._stages
         what = f"uploading to {self.device.name}"
         if other.in_flight and other.event == ffi.NULL:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from .qwen_image import QwenImagePipeline
     from .z_image import ZImagePipeline
 
-__all__ = ["for_merging", "is_layered", "load", "pipeline_for"]
+__all__ = ["for_merging", "is_layered", "load", "n_blocks", "pipeline_for"]
 
 
 def load(
@@ -45,6 +45,23 @@ def pipeline_for(diffusion_model: str | os.PathLike[str]) -> type[ZImagePipeline
 def is_layered(diffusion_model: str | os.PathLike[str]) -> bool:
     """Whether a diffusion model takes pictures apart into layers; only its header is read. LoadError as `load`."""
     return _architecture(diffusion_model) == "Qwen-Image Layered"
+
+
+def n_blocks(diffusion_model: str | os.PathLike[str]) -> int | None:
+    """How many blocks a diffusion model has, as step caches count them; only its header is read. None when it is of a
+    model that is not known, LoadError as `load`.
+    """
+    from loader.checkpoint import open_checkpoint
+
+    from . import detected
+    from .qwen_image import components as qwen_image
+    from .z_image import components as z_image
+
+    with open_checkpoint(diffusion_model) as checkpoint:
+        found = z_image.for_merging(checkpoint) or qwen_image.for_merging(checkpoint)
+        if found is None or found[1] != "transformer":
+            return None
+        return max(detected.n_blocks(found[0], prefix) for prefix in ("layers", "transformer_blocks"))
 
 
 def _architecture(diffusion_model: str | os.PathLike[str]) -> str:

@@ -123,8 +123,10 @@ def places(
         given = backend
         if missing := [module for module in MODULES if module not in given]:
             raise ValueError(f"backend: none is given for {', '.join(missing)}")
+        if unknown := [str(module) for module in given if module not in MODULES]:
+            raise ValueError(f"backend: there is no module {', '.join(unknown)}, only {', '.join(MODULES)}")
     named = {} if given else parse("cpu" if backend is None else str(backend))
-    chosen = {m: (given[m].device,) if given else find_devices(named.get(m, "auto")) for m in MODULES}
+    chosen = {m: _devices_of(given[m]) if given else find_devices(named.get(m, "auto")) for m in MODULES}
     rest = {m: _rest(rests.get(m, "auto"), m, device) for m, device in chosen.items()}  # before anything is opened
     each = {} if given else dict.fromkeys(device for several in chosen.values() for device in several)
     single: dict[Device, Backend] = {}
@@ -146,6 +148,10 @@ def places(
             one.close()
         raise
     return found
+
+
+def _devices_of(backend: Backend) -> tuple[Device, ...]:
+    return tuple(part.device for part in (backend.parts if isinstance(backend, SplitBackend) else (backend,)))
 
 
 def _limited(module: Module, place: Place, is_explicit: bool) -> Place:
@@ -170,7 +176,7 @@ def _rest(name: str, module: Module, computing: tuple[Device, ...]) -> Rest:
         return "device"
     if name.lower() in ("disk", "cpu") and len(computing) == 1:
         return "disk" if name.lower() == "disk" else "cpu"
-    if find_devices(name, "params_backend") != computing:
+    if name.lower() == "disk" or find_devices(name, "params_backend") != computing:
         raise ValueError(
             f"params_backend: {module} computes on {'&'.join(d.name for d in computing)}, so its parameters rest "
             f"there{', on cpu or on disk' if len(computing) == 1 else ''}, not on {name}"

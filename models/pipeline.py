@@ -718,6 +718,8 @@ class Pipeline(Family):
         self._check_cancelled()  # right before the backend, which from here on is stopped within one operation
         kind = stage.partition(" at ")[0]
         with self._stages.setdefault(kind, Stage()).one():
+            if stream is not None and self.look is not None:
+                raise ValueError(f"{stage}: weights come piece by piece, so no operation can be looked at by itself")
             if stream is not None:
                 stream.run(graph)
             elif self.look is not None:

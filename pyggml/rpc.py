@@ -11,12 +11,13 @@ from __future__ import annotations
 import socket
 import struct
 import threading
+import time
 from typing import Any
 
 from .errors import GGMLError, ServerLost
 
 CONNECT_SECONDS = 5.0
-ANSWER_SECONDS = 8.0  # for the first answer: a server serves one client at a time, and lets others wait
+ANSWER_SECONDS = 8.0  # for the first answer of a connection: a server serves one at a time, and lets others wait
 _CHUNK = 1 << 20
 
 # The commands of protocol 7 that are answered, and how many bytes at least; those of GET_TENSOR are in the request.
@@ -24,6 +25,8 @@ _ALIGNMENT, _MAX_SIZE, _BASE, _GET_TENSOR, _HELLO = 1, 2, 3, 8, 14
 _ANSWERS = {0: 16, _ALIGNMENT: 8, _MAX_SIZE: 8, _BASE: 8, 7: 1, _GET_TENSOR: 0, 9: 1, 11: 16, 13: 8, _HELLO: 0, 15: 4}
 _PROTOCOL = 7
 _HELLO_BYTES = 24  # of capabilities, all of them zero: plain TCP
+
+_BUSY = "is it busy with another client, or something else than an RPC server?"
 
 _relays: dict[str, _Relay] = {}  # by the address that ggml knows, which is its devices' description
 
@@ -85,14 +88,14 @@ class _Relay:
         """The server's answer to the first command."""
         try:
             with self._connect() as server:
-                server.settimeout(ANSWER_SECONDS)
+                until = time.monotonic() + ANSWER_SECONDS
                 server.sendall(struct.pack("<BQ", _HELLO, _HELLO_BYTES) + bytes(_HELLO_BYTES))
-                (n,) = struct.unpack("<Q", _read(server, 8))
-                hello = _read(server, n) if 3 <= n <= 1024 else b""
-        except TimeoutError:
-            raise ServerLost(
-                f"no answer from an RPC server at {self.endpoint}: is it busy with another client?"
-            ) from None
+                (n,) = struct.unpack("<Q", _read(server, 8, until))
+                hello = _read(server, n, until) if 3 <= n <= 1024 else b""
+        except UnicodeError:  # a name that is none, before anybody was asked
+            raise ValueError(f"{self.target[0]!r} is no name of a host: an RPC server is given as host:port") from None
+        except TimeoutError as error:
+            raise ServerLost(f"no answer from an RPC server at {self.endpoint}: {_reason(error)}") from None
         except (OSError, EOFError) as error:
             raise ServerLost(f"no RPC server at {self.endpoint}: {_reason(error)}") from None
         if not hello or hello[0] != _PROTOCOL:
@@ -140,7 +143,10 @@ class _Relay:
         done = -8  # bytes of the answer that ggml has got, its length included
         if server is not None and not self.lost:
             try:
-                length = _read(server, 8)
+                # ggml greets with each connection, and the server may serve another one by then: of ours too, when it
+                # was given by two names.
+                until = time.monotonic() + ANSWER_SECONDS if command == _HELLO else None
+                length = _read(server, 8, until)
                 if length != struct.pack("<Q", expected):
                     n = struct.unpack("<Q", length)[0]
                     raise EOFError(f"it answers command {command} with {n} bytes, not {expected}")
@@ -193,15 +199,24 @@ def _to_client(client: socket.socket, data: bytes) -> None:
         raise _ClientClosed from error
 
 
-def _read(source: socket.socket, n: int) -> bytes:
-    """Exactly n bytes; EOFError when the connection ends before."""
+def _read(source: socket.socket, n: int, until: float | None = None) -> bytes:
+    """Exactly n bytes; EOFError when the connection ends before, TimeoutError when they have not come `until` then."""
     data = bytearray(n)
     view: Any = memoryview(data)
     while view:
-        got = source.recv_into(view)
+        if until is not None:
+            source.settimeout(max(until - time.monotonic(), 1e-3))
+        try:
+            got = source.recv_into(view)
+        except TimeoutError as error:
+            if until is None:  # the system gave up: a machine that vanished
+                raise
+            raise TimeoutError(_BUSY) from error
         if not got:
             raise EOFError("it closed the connection")
         view = view[got:]
+    if until is not None:
+        source.settimeout(None)
     return bytes(data)
 
 

@@ -33,6 +33,7 @@ def show_files(paths: Sequence[str], as_json: bool) -> int:
 def run_rpc_server(args: argparse.Namespace) -> int:
     """Become ggml's rpc-server. ValueError for what it would take badly, and when this build has none."""
     import os
+    import socket
     import subprocess
     import sys
 
@@ -45,6 +46,13 @@ def run_rpc_server(args: argparse.Namespace) -> int:
         raise ValueError(f"--port must be in 1..65535, not {args.port}")
     if args.threads is not None and not 1 <= args.threads <= 512:
         raise ValueError(f"--threads must be in 1..512, not {args.threads}")
+    try:
+        # the program itself ends without a word when it cannot listen
+        family, _, _, _, address = socket.getaddrinfo(args.host, args.port, type=socket.SOCK_STREAM)[0]
+        socket.create_server(address[:2], family=family).close()
+    except OSError as error:
+        why = str(error.strerror).partition(" (while")[0]
+        raise ValueError(f"cannot listen at {args.host}:{args.port}: {why}") from None
     given = {"-H": args.host, "-p": args.port, "-t": args.threads, "-d": args.device}
     command = ["rpc-server", *(str(x) for pair in given.items() if pair[1] is not None for x in pair)]
     command += ["-c"] if args.cache else []

@@ -276,7 +276,9 @@ def _run(args: argparse.Namespace) -> int:
     draws = args.command in ("generate", "plan", "compare-backends")
     if draws and args.list_devices:
         from .about import list_devices
+        from .generate import add_servers
 
+        add_servers(args)
         return list_devices(as_json=False)
     if draws:
         import faulthandler

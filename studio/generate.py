@@ -66,6 +66,8 @@ def generate(args: argparse.Namespace) -> int:
     tile = _tile(args)
     sigmas = _check_sampling(args, family, width, height, seed, strength)
     controls = sampling.controls(args, family)
+    if "cache" in controls and (n_blocks := models.n_blocks(files[0])):
+        controls["cache"].check(n_blocks)
     shift = args.flow_shift
     if sigmas and args.compat != "sd.cpp":  # diffusers would shift them and put the 0 at the end itself
         sigmas, shift = sigmas[:-1], 1.0
@@ -291,7 +293,7 @@ def _devices(args: argparse.Namespace) -> tuple[str, str]:
     """--backend with --clip-on-cpu and --vae-on-cpu, and --params-backend with --offload-to-cpu; checked."""
     from models.devices import MODULES, find_devices, parse
 
-    servers = [device.name for device in _add_servers(args)]
+    servers = [device.name for device in add_servers(args)]
     named = parse(args.backend or "&".join(servers) or "auto", "--backend")
     if args.clip_on_cpu:
         named["te"] = "cpu"
@@ -304,8 +306,9 @@ def _devices(args: argparse.Namespace) -> tuple[str, str]:
         if args.params_backend:
             raise ValueError("--offload-to-cpu is --params-backend cpu: give one of them")
         rests = dict.fromkeys(MODULES, "cpu")
-    for name in set(rests.values()) - {"disk"}:
-        find_devices(name, "--params-backend")
+    for name in set(rests.values()):
+        if name.lower() != "disk":
+            find_devices(name, "--params-backend")
 
     def text(chosen: Mapping[Any, str]) -> str:
         return ",".join(f"{module}={chosen.get(module, 'auto')}" for module in MODULES)
@@ -313,7 +316,7 @@ def _devices(args: argparse.Namespace) -> tuple[str, str]:
     return text(named), text(rests)
 
 
-def _add_servers(args: argparse.Namespace) -> list[Device]:
+def add_servers(args: argparse.Namespace) -> list[Device]:
     """The devices of --rpc-servers, which `devices()` lists from now on."""
     from pyggml import add_rpc_server
 

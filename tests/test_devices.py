@@ -88,6 +88,8 @@ def test_a_device_is_opened_once(two: tuple[Backend, Backend]) -> None:
     ]  # fmt: skip
     with pytest.raises(ValueError, match="none is given for diffusion"):
         places({"te": two[0], "vae": two[0]})
+    with pytest.raises(ValueError, match="there is no module clip, only te, diffusion, vae"):
+        places({"te": two[0], "diffusion": two[0], "vae": two[0], "clip": two[1]})  # type: ignore[dict-item]
 
 
 def test_places_of_parameters(two: tuple[Backend, Backend]) -> None:
@@ -96,6 +98,13 @@ def test_places_of_parameters(two: tuple[Backend, Backend]) -> None:
     assert [p.offloads for p in places(two[0], "te=cpu,vae=disk").values()] == [False, False, True]
     with pytest.raises(ValueError, match="params_backend: there is no device 'vulkan9'"):
         places(two[0], "vulkan9")
+
+
+@pytest.mark.parametrize("rest", ["disk", "cpu", "te=disk"])
+def test_parameters_of_several_devices_rest_there(two: tuple[Backend, Backend], rest: str) -> None:
+    said = f"te computes on CPU&CPU, so its parameters rest there, not on {rest.removeprefix('te=')}$"
+    with SplitBackend(two) as both, pytest.raises(ValueError, match=said):
+        places(both, rest)
 
 
 def test_each_module_computes_on_its_own(
@@ -360,7 +369,8 @@ def test_backend_on_the_command_line(tmp_path: Path) -> None:
     bad = cli("generate", "x", "--backend", "te=cpu,diffusion=cuda7", "-o", str(tmp_path / "a.png"))
     assert bad.returncode == 2 and bad.stderr.startswith("error: --backend: there is no device 'cuda7'")
     args = ("generate", "a red circle", "--steps", "1", "-W", "64", "-H", "64")
-    good = cli(*args, "--backend", "diffusion=cpu", "--clip-on-cpu", "--vae-on-cpu", "-o", str(tmp_path / "b.png"))
+    good = cli(*args, "--backend", "diffusion=cpu", "--clip-on-cpu", "--vae-on-cpu",
+               "--params-backend", "te=Disk,*=CPU", "-o", str(tmp_path / "b.png"))  # fmt: skip
     assert good.returncode == 0, good.stderr
     assert (tmp_path / "b.png").exists()
     for options, message in (

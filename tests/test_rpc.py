@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -11,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from tiny_models import write_tiny_models
 import models
 from loader.checkpoint import open_checkpoint
 from loader.params import Param
+from loader.upload import Uploader, take
 from models.split import shares
 from pyggml import Backend, Buffer, Context, GGMLError, Graph, ServerLost, SplitBackend, add_rpc_server, ops, rpc
 from pyggml.lib import FOLDER
@@ -151,6 +154,36 @@ def test_a_server_dies_before_it_is_used(serve: Callable[[], Server]) -> None:
 
 
 @has_rpc
+def test_a_server_dies_while_weights_are_sent(serve: Callable[[], Server]) -> None:
+    """What is left of them is not read: a large model takes minutes."""
+    server, value = serve(), np.ones(1024, np.float32)
+    context = Context(n_tensors=1)
+    tensor = context.new_tensor((1024,))
+    with add_rpc_server(server.endpoint)[0].open() as backend:
+        Buffer.allocate(context, backend.buffer_type)
+        uploader = Uploader(backend.device, 4096)
+        try:
+            uploader.put(tensor, 0, value.nbytes, partial(take, value.view(np.uint8).data))
+            server.kill()
+            with pytest.raises(ServerLost, match=server.endpoint):
+                for _ in range(1000):
+                    uploader.put(tensor, 0, value.nbytes, partial(take, value.view(np.uint8).data))
+                    time.sleep(0.01)
+        finally:
+            uploader.close()
+
+
+@has_rpc
+def test_one_server_by_two_names(serve: Callable[[], Server], monkeypatch: pytest.MonkeyPatch) -> None:
+    """It serves one connection at a time: the other one is not waited for without a limit."""
+    monkeypatch.setattr(rpc, "ANSWER_SECONDS", 1.0)
+    server = serve()
+    names = [server.endpoint, server.endpoint.replace("127.0.0.1", "localhost")]
+    with pytest.raises(ServerLost, match=rf"{names[1]}.* is it busy with another client"):
+        models.load(*DEMO, backend="&".join(add_rpc_server(name)[0].name for name in names), n_threads=1)
+
+
+@has_rpc
 def test_command_line(serve: Callable[[], Server], tmp_path: Path) -> None:
     servers = [serve(), serve()]
     both = ",".join(server.endpoint for server in servers)
@@ -164,13 +197,18 @@ def test_command_line(serve: Callable[[], Server], tmp_path: Path) -> None:
         run = generate(output)
         assert run.returncode == 0, run.stderr
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+    listed = [*START, "generate", "--list-devices", "--rpc-servers", both]
+    shown = subprocess.run(listed, env=ENVIRONMENT, capture_output=True, text=True, timeout=300).stdout.splitlines()
+    assert shown[-2:] == [f"RPC{i}\t{server.endpoint}" for i, server in enumerate(servers)]
     servers[1].kill()
     run = generate("c.png")
     assert run.returncode == 1
     assert run.stderr == f"error: no RPC server at {servers[1].endpoint}: Connection refused\n"
 
 
-@pytest.mark.parametrize("endpoint", ["", "host", "host:", ":50052", "host:0", "host:65536", "host:5x", "host:٥"])
+@pytest.mark.parametrize(
+    "endpoint", ["", "host", "host:", ":50052", "host:0", "host:65536", "host:5x", "host:٥", "a..b:5"]
+)
 def test_what_is_no_endpoint(endpoint: str) -> None:
     with pytest.raises(ValueError, match="host:port"):
         rpc.relay_to(endpoint)
@@ -181,6 +219,14 @@ def test_what_is_no_endpoint(endpoint: str) -> None:
 def test_options_of_the_server(wrong: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["rpc-server", *wrong]) == 2
     assert capsys.readouterr().err.startswith("error: --")
+
+
+@has_rpc
+def test_a_port_that_is_taken(capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        assert cli.main(["rpc-server", "-p", str(port)]) == 2
+    assert capsys.readouterr().err == f"error: cannot listen at 127.0.0.1:{port}: Address already in use\n"
 
 
 def test_a_build_without_rpc_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -233,6 +279,20 @@ def test_a_server_that_is_busy_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rpc, "ANSWER_SECONDS", 0.2)
     with pytest.raises(ServerLost, match="is it busy with another client"):
         rpc.relay_to(misbehaving(lambda c: time.sleep(3)))
+
+
+def test_a_server_that_answers_byte_by_byte(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The limit is for all of the answer."""
+
+    def trickle(connection: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            for _ in range(200):
+                connection.sendall(bytes(1))
+                time.sleep(0.1)
+
+    monkeypatch.setattr(rpc, "ANSWER_SECONDS", 0.3)
+    with pytest.raises(ServerLost, match="something else than an RPC server"):
+        rpc.relay_to(misbehaving(trickle))
 
 
 @pytest.mark.parametrize("at", ["at once", "in an answer", "with a wrong length"])

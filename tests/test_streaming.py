@@ -186,7 +186,11 @@ def test_the_device_is_left_empty(tight: Any) -> None:
         visit = pipe.transformer._visit
         held = [*visit._context.buffers, *visit._vectors.context.buffers]
         assert 0 < sum(buffer.n_bytes for buffer in held) <= visit.limit
+        uploader = visit._uploader  # its staging buffers, its backend with a thread of its own
     assert len(held) > 2 and all(buffer.closed for buffer in held)
+    assert uploader is not None and uploader._backend.closed
+    with pytest.raises(ValueError, match="released"):
+        _ = uploader._stages[0].view[0]
 
 
 def test_the_order_of_uploads(tight: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -630,6 +634,14 @@ def test_max_vram_needs_a_device_and_weights_that_rest_on_the_host(
     monkeypatch.setattr(Device, "is_remote", True)
     with pytest.raises(ValueError, match="te computes on GPU7, to which weights would go over the network"):
         places(device, max_vram=1 << 30)
+
+
+def test_no_operation_is_looked_at_where_weights_come_piece_by_piece(tight: Any) -> None:
+    """Where compare-backends would say nothing of the part, and succeed."""
+    pipe, _ = tight
+    pipe.look = lambda stage, graph: None
+    with pytest.raises(ValueError, match="the caption's refiner: weights come piece by piece"):
+        pipe.denoise(NOISE, SIGMAS, np.ones((3, pipe.transformer.module.config.text_dim), np.float32))
 
 
 def test_weights_that_come_piece_by_piece_have_one_report(files: Files, device: Backend) -> None:
