@@ -393,6 +393,8 @@ class Graph(Context):
 
 
 def _op_name(node: Tensor) -> str:
+    if node.op == Op.CUSTOM and node.name.endswith("()"):  # pyggml.ops.own
+        return node.name[:-2]
     return str(ffi.string(lib.ggml_op_desc(node.ptr)).decode()).lower()
 
 

@@ -173,11 +173,16 @@ def test_matrix_product_q8_0_of_short_rows(backend: Backend) -> None:
 
 @pytest.mark.parametrize(
     ("d", "n_heads", "n_kv_heads", "n_q", "n_kv"),
-    [(32, 4, 2, 7, 7), (64, 3, 3, 1, 37), (128, 2, 1, 100, 17), (512, 1, 1, 65, 130), (32, 5, 5, 6, 1)],
-)
+    [(32, 4, 2, 7, 7), (64, 3, 3, 1, 37), (128, 2, 1, 100, 17), (512, 1, 1, 65, 130), (32, 5, 5, 6, 1),
+     (64, 1, 1, 200, 385), (32, 2, 2, 97, 256)],
+)  # fmt: skip
 def test_attention(backend: Backend, d: int, n_heads: int, n_kv_heads: int, n_q: int, n_kv: int) -> None:
     q = RNG.standard_normal((n_q, n_heads, d)).astype(np.float32) * 3
+    # Half of the heads see larger and larger scores, the others smaller ones: keys come in blocks.
+    growing = np.linspace(0.1, 2, n_kv, dtype=np.float32)[:, None, None]
     kv = RNG.standard_normal((n_kv, 2 * n_kv_heads, d)).astype(np.float32)
+    kv[:, : n_kv_heads // 2] *= growing
+    kv[:, n_kv_heads // 2 : n_kv_heads] *= growing[::-1]
     graph = Graph(backend, 64)
     a, b = graph.input(q.shape[::-1], name="q"), graph.input(kv.shape[::-1], name="kv")
     k, v = (ops.view(b, (d, n_kv_heads, n_kv), b.nb[1:3], i * n_kv_heads * b.nb[1]) for i in range(2))
@@ -209,6 +214,14 @@ def test_add_low_rank(backend: Backend, rank: int, n_out: int, n_y: int, at: int
     np.testing.assert_array_equal(out[:, at + n_out :], 2 * start[:, at + n_out :])
     with pytest.raises(ShapeError, match="do not go together"):
         ops.add_low_rank(ops.scale(a, 2.0), b, c, n_y - n_out + 1)
+
+
+def test_a_profile_names_them(backend: Backend) -> None:
+    graph = Graph(backend, 64)
+    x = graph.input((32, 2, 3), name="x")
+    graph.output(ops.scale(ops.gelu_f32(ops.attention(x, x, x, 1.0)), 2.0), name="y")
+    graph.compute(x=np.ones((3, 2, 32), np.float32))
+    assert {"attention", "gelu_f32", "scale"} <= {time.op for time in graph.profile()}
 
 
 def test_wrong_arguments(backend: Backend) -> None:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 from ..errors import ShapeError
-from ..lib import ffi, lib
+from ..lib import lib
 from ..tensor import Tensor
 from ..types import Type
 from .node import NULL, graph_of, refuse
+
+if TYPE_CHECKING:
+    from ..graph import Graph
 
 _KERNELS = (Type.F32, Type.F16, Type.BF16)
 
@@ -43,9 +48,7 @@ def conv_2d_3x3(kernel: Tensor, x: Tensor, bias: Tensor | None = None, residual:
         graph.ptr, x.ptr, kernel.ptr, NULL if bias is None else bias.ptr, NULL if residual is None else residual.ptr,
         graph.backend.n_threads,
     )  # fmt: skip
-    if ptr == ffi.NULL:
-        refuse("conv_2d_3x3", (x, kernel, bias, residual), ())
-    return Tensor(ptr, graph)
+    return _made(ptr, graph, "conv_2d_3x3", (x, kernel, bias, residual))
 
 
 def group_norm_scaled(
@@ -67,9 +70,7 @@ def group_norm_scaled(
     graph = graph_of(x, weight, bias)
     _check_cpu("group_norm_scaled", graph)
     ptr = lib.py_pyggml_group_norm(graph.ptr, x.ptr, weight.ptr, bias.ptr, n_groups, eps, silu)
-    if ptr == ffi.NULL:
-        refuse("group_norm_scaled", (x, weight, bias), (n_groups, eps, silu))
-    return Tensor(ptr, graph)
+    return _made(ptr, graph, "group_norm_scaled", (x, weight, bias), (n_groups, eps, silu))
 
 
 def channel_norm(x: Tensor, gamma: Tensor, eps: float = 0.0, *, silu: bool = False) -> Tensor:
@@ -85,9 +86,7 @@ def channel_norm(x: Tensor, gamma: Tensor, eps: float = 0.0, *, silu: bool = Fal
     graph = graph_of(x, gamma)
     _check_cpu("channel_norm", graph)
     ptr = lib.py_pyggml_channel_norm(graph.ptr, x.ptr, gamma.ptr, eps, silu)
-    if ptr == ffi.NULL:
-        refuse("channel_norm", (x, gamma), (eps, silu))
-    return Tensor(ptr, graph)
+    return _made(ptr, graph, "channel_norm", (x, gamma), (eps, silu))
 
 
 def gelu_f32(x: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -103,9 +102,7 @@ def gelu_f32(x: Tensor, bias: Tensor | None = None) -> Tensor:
     graph = graph_of(x, bias)
     _check_cpu("gelu_f32", graph)
     ptr = lib.py_pyggml_gelu(graph.ptr, x.ptr, NULL if bias is None else bias.ptr)
-    if ptr == ffi.NULL:
-        refuse("gelu_f32", (x, bias))
-    return Tensor(ptr, graph)
+    return _made(ptr, graph, "gelu_f32", (x, bias))
 
 
 def mul_mat_fast(w: Tensor, x: Tensor) -> Tensor | None:
@@ -118,9 +115,7 @@ def mul_mat_fast(w: Tensor, x: Tensor) -> Tensor | None:
     if not graph.backend.is_cpu or not lib.pyggml_mul_mat_fits(w.ptr, x.ptr):
         return None
     ptr = lib.py_pyggml_mul_mat(graph.ptr, w.ptr, x.ptr)
-    if ptr == ffi.NULL:
-        refuse("mul_mat_fast", (w, x))
-    return Tensor(ptr, graph)
+    return _made(ptr, graph, "mul_mat_fast", (w, x))
 
 
 def add_low_rank(y: Tensor, up: Tensor, h: Tensor, at: int = 0) -> Tensor:
@@ -137,9 +132,7 @@ def add_low_rank(y: Tensor, up: Tensor, h: Tensor, at: int = 0) -> Tensor:
     graph = graph_of(y, up, h)
     _check_cpu("add_low_rank", graph)
     ptr = lib.py_pyggml_add_low_rank(graph.ptr, y.ptr, up.ptr, h.ptr, at)
-    if ptr == ffi.NULL:
-        refuse("add_low_rank", (y, up, h), (at,))
-    return Tensor(ptr, graph)
+    return _made(ptr, graph, "add_low_rank", (y, up, h), (at,))
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
@@ -158,14 +151,18 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     graph = graph_of(q, k, v)
     _check_cpu("attention", graph)
     ptr = lib.py_pyggml_attention(graph.ptr, q.ptr, k.ptr, v.ptr, scale, graph.backend.n_threads)
-    if ptr == ffi.NULL:
-        refuse("attention", (q, k, v), (scale,))
-    return Tensor(ptr, graph)
+    return _made(ptr, graph, "attention", (q, k, v), (scale,))
 
 
-def _check_cpu(name: str, graph: object) -> None:
-    from ..graph import Graph
+def _made(ptr: Any, graph: Graph, name: str, args: tuple[Tensor | None, ...], params: tuple[Any, ...] = ()) -> Tensor:
+    """The result, named after what makes it: ggml has one name for all operations that are not its own."""
+    if ptr == NULL:
+        refuse(name, args, params)
+    tensor = Tensor(ptr, graph)
+    tensor.name = f"{name}()"
+    return tensor
 
-    assert isinstance(graph, Graph)
+
+def _check_cpu(name: str, graph: Graph) -> None:
     if not graph.backend.is_cpu:
         raise ShapeError(f"{name} is computed by the CPU only, this graph is {graph.backend.device.name}'s")
