@@ -1,10 +1,5 @@
 // Put before libvulkan by LD_PRELOAD: a Vulkan whose device is lost, or has no memory left, once fail() says so.
 // Built by tests/test_vulkan.py; without Vulkan's headers.
-//
-// It destroys no buffer. Lavapipe of Mesa 22.3.6 counts references to the buffers of all bindings of a set when one is
-// bound (llvmpipe_set_shader_buffers), also of those that the shader does not use. ggml's sets have a binding for as many
-// buffers as an operation can have, and write those that it has: the others may hold buffers of an operation before, which
-// are gone. Vulkan allows that; this lavapipe then writes into freed memory.
 #include <dlfcn.h>
 #include <stdint.h>
 #include <string.h>
@@ -31,10 +26,6 @@ static int our_allocate(void * device, const void * info, const void * allocator
     return failing == OUT_OF_DEVICE_MEMORY ? OUT_OF_DEVICE_MEMORY : allocate(device, info, allocator, memory);
 }
 
-static void our_destroy_buffer(void * device, uint64_t buffer, const void * allocator) {
-    (void) device, (void) buffer, (void) allocator;
-}
-
 static function replaced(const char * name, function found);
 
 static function our_find_in_device(void * device, const char * name) {
@@ -49,9 +40,6 @@ static function replaced(const char * name, function found) {
     if (found && !strcmp(name, "vkAllocateMemory")) {
         *(function *) &allocate = found;
         return (function) our_allocate;
-    }
-    if (found && !strcmp(name, "vkDestroyBuffer")) {
-        return (function) our_destroy_buffer;
     }
     if (found && !strcmp(name, "vkGetDeviceProcAddr")) {
         *(function *) &find_in_device = found;
