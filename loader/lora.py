@@ -17,7 +17,6 @@ file is refused. Keys of modules that the model has not are counted and reported
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
@@ -30,18 +29,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .checkpoint import Checkpoint, open_checkpoint
-from .convert import scaled_float32
+from .convert import INTEGERS, scaled_float32
 from .describe import describe, model_of_lora
+from .dtypes import QUANTISED
 from .errors import Kind as ErrorKind
 from .errors import LoadError, printable, quoted
 from .limits import DEFAULT_LIMITS, Limits
 from .mapped import TensorInfo
-from .strict_json import read_json
+from .strict_json import parse_json, read_json
 
 Kind: TypeAlias = Literal["lora", "loha", "lokr", "diff"]
 Float32: TypeAlias = NDArray[np.float32]
 Rows: TypeAlias = Callable[[int, int], Float32]
 
+_FACTORS: Final = frozenset({"F32", "F16", "BF16", "F64", "F8_E4M3", "F8_E5M2"}) | QUANTISED
 MAX_RANK: Final = 4096
 MAX_HADAMARD_RANK: Final = 256  # its two products make a product of rank r * r
 _PIECE: Final = 4 << 20
@@ -254,7 +255,10 @@ class LoraFile:
             if what := _REFUSED.get(part) or (part.startswith(("oft_", "boft_")) and "OFT"):
                 self._refuse(infos[0], f"{what} is not supported, and leaving it out would draw something else",
                              "Unsupported")  # fmt: skip
-            parts[part] = infos[0]
+            info = parts[part] = infos[0]
+            number = part in ("alpha", "scale")
+            if info.scale is None and info.dtype not in (_FACTORS | INTEGERS if number else _FACTORS):
+                self._refuse(info, f"is {info.dtype}: factors are floating-point numbers, or have a scale", "BadType")
         return parts
 
     def _deltas(
@@ -441,7 +445,8 @@ def add_rows(values: Float32, first: int, changes: Sequence[tuple[Change, Rows, 
         a, b = max(first, change.at), min(last, change.at + change.n)
         if a < b and weight:
             offset = change.first - change.at
-            values[a - first : b - first] += rows(a + offset, b + offset) * np.float32(weight)
+            with np.errstate(over="ignore", invalid="ignore"):  # who calls looks at the sum
+                values[a - first : b - first] += rows(a + offset, b + offset) * np.float32(weight)
 
 
 # -- names ------------------------------------------------------------------------------------------------------------
@@ -486,15 +491,14 @@ def _alphas(checkpoint: Checkpoint) -> Callable[[str, int], float]:
     where = os.path.join(os.path.dirname(checkpoint.files[0].path), "adapter_config.json")
     text = checkpoint.metadata.get("lora_adapter_metadata")  # diffusers
     if isinstance(text, str):
-        try:
-            config = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise LoadError(f"is no JSON: {error}", kind="BadHeader", path=checkpoint.path,
-                            field="lora_adapter_metadata") from None  # fmt: skip
+        config = parse_json(text.encode(), checkpoint.path)
     elif os.path.basename(checkpoint.files[0].path) == "adapter_model.safetensors" and os.path.exists(where):
         config = read_json(where, DEFAULT_LIMITS)  # PEFT
-    if not isinstance(config, dict):
+    else:
         return lambda module, rank: 1.0
+    if not isinstance(config, dict):
+        raise LoadError("what says how strong the LoRA is must be a JSON object", kind="BadHeader",
+                        path=checkpoint.path, field="lora_adapter_metadata")  # fmt: skip
 
     def scale(module: str, rank: int) -> float:
         role = module.split(".")[0]
@@ -503,13 +507,18 @@ def _alphas(checkpoint: Checkpoint) -> Callable[[str, int], float]:
             raise LoadError("DoRA is not supported, and leaving it out would draw something else", kind="Unsupported",
                             path=checkpoint.path, field="use_dora")  # fmt: skip
         alpha = config.get(f"{prefix}lora_alpha")
-        for ending, special in (config.get(f"{prefix}alpha_pattern") or {}).items():
+        patterns = config.get(f"{prefix}alpha_pattern") or {}
+        if not isinstance(patterns, dict):
+            raise LoadError("must map ends of names to numbers", kind="BadHeader", path=checkpoint.path,
+                            field="alpha_pattern")  # fmt: skip
+        for ending, special in patterns.items():
             # PEFT takes a regex; one from a file can run for ever, and what trainers write are ends of names.
             if not re.fullmatch(r"[\w.-]+", ending):
                 raise LoadError(f"{quoted(ending)} is a pattern, only ends of names are taken", kind="Unsupported",
                                 path=checkpoint.path, field="alpha_pattern")  # fmt: skip
             if f".{module}".endswith(f".{ending}"):
                 alpha = special
+                break  # the first counts, as in PEFT
         if alpha is None:
             return 1.0
         root = math.sqrt(rank) if config.get(f"{prefix}use_rslora") else rank
@@ -519,7 +528,7 @@ def _alphas(checkpoint: Checkpoint) -> Callable[[str, int], float]:
 
 
 def _finite_alpha(checkpoint: Checkpoint, alpha: object) -> float:
-    if type(alpha) not in (int, float) or not math.isfinite(float(alpha)):  # type: ignore[arg-type]
+    if type(alpha) not in (int, float) or not abs(alpha) < 1e30:  # type: ignore[arg-type]
         raise LoadError(f"{alpha!r:.80} is no factor", path=checkpoint.path, field="lora_alpha")
     return float(alpha)  # type: ignore[arg-type]
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 
 from pyggml.lib import ffi, lib
 
-from .errors import LoadError
+from .errors import LoadError, printable
 from .mapped import MappedFile
 from .options import Hint
 from .placement import Placement
@@ -50,7 +50,7 @@ def read_ahead(file: MappedFile, placements: Sequence[Placement], hints: frozens
                 break
     if refused:
         why = "this system has no such advice" if mapped else "that needs a mapping, or a system that has such advice"
-        log.warning("%s: the hint %s has no effect: %s", file.path, ", ".join(sorted(refused)), why)
+        log.warning("%s: the hint %s has no effect: %s", printable(file.path), ", ".join(sorted(refused)), why)
 
 
 class Lock:

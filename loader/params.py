@@ -236,6 +236,9 @@ def load_params(
             read = _copy(plan, tensors, files, progress, uploader, reclaim=options.reclaim and lock is None)
         for original, placements in plan.by_file().items():
             files[original].check()
+            for p in placements:
+                if p.info.scale is not None and p.info.scale.file is not original:
+                    p.info.scale.file.check()
             if all(p.action != "map" for p in placements):
                 files[original].unmap()
         if lock is not None:

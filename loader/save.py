@@ -11,6 +11,7 @@ import os
 import re
 import secrets
 import shutil
+import stat
 import time
 import zlib
 from collections import deque
@@ -146,6 +147,8 @@ def _refuse_source(checkpoint: Checkpoint, target: str) -> None:
         there = os.stat(target)
     except FileNotFoundError:
         return
+    if stat.S_ISDIR(there.st_mode):
+        raise ValueError(f"{printable(target)} is a folder; give the name of a file")
     for file in checkpoint.files:
         if (there.st_dev, there.st_ino) == file.identity[:2]:
             raise ValueError(f"{printable(target)} is the source itself; write to another file")
@@ -195,7 +198,8 @@ def _check_space(target: str, n_bytes: int) -> None:
 def _replacing(target: str) -> Iterator[tuple[Any, str]]:
     """(a file open for writing beside `target`, its name); renamed at the end, removed after an exception."""
     folder, name = os.path.split(os.path.abspath(target))
-    temporary = os.path.join(folder, f".{name}.{secrets.token_hex(4)}.part")
+    # cut: a name may have as many bytes as the file system takes, 255 as a rule
+    temporary = os.path.join(folder, f".{os.fsdecode(os.fsencode(name)[:200])}.{secrets.token_hex(4)}.part")
     try:  # from before the file is there: an interrupt may come at any line
         with open(temporary, "xb", buffering=0) as file:
             yield file, temporary

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any, NoReturn
 
 from .errors import Kind, LoadError, quoted
@@ -11,8 +12,8 @@ from .mapped import MappedFile
 
 
 def parse_json(text: bytes, path: str, offset: int = 0, *, padding: bytes = b" \t\r\n") -> Any:
-    """Strict JSON: UTF-8 without a mark, no key twice, no NaN or infinity. Trailing whitespace: `padding`
-    only.
+    """Strict JSON: UTF-8 without a mark, no key twice, no NaN or infinity, no half of a surrogate pair, which is no
+    text. Trailing whitespace: `padding` only.
 
     `path` and `offset`, where the text begins in it, are for messages. Raises `LoadError` (BadHeader,
     BadText, DuplicateKey).
@@ -41,9 +42,14 @@ def parse_json(text: bytes, path: str, offset: int = 0, *, padding: bytes = b" \
     if decoded[-1:].isspace():
         raise fail("BadHeader", "padded with something else than spaces")
     try:
-        return json.loads(decoded, object_pairs_hook=unique, parse_constant=no_constant)
+        value = json.loads(decoded, object_pairs_hook=unique, parse_constant=no_constant)
+        if re.search(r"\\u[dD][89a-fA-F]", decoded):
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
     except LoadError:
         raise
+    except UnicodeEncodeError:
+        raise fail("BadText", "holds half of a surrogate pair, which is no text") from None
     except RecursionError:
         raise fail("BadHeader", "nested too deeply") from None
     except ValueError as e:  # JSONDecodeError, and an integer of more than 4,300 digits

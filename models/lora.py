@@ -485,13 +485,15 @@ def changes_of(
     for path, weight in loras:
         changes, report = open_lora(path).match(names, shapes, {role: naming.unused})
         reports.append(report)
-        for change in changes[role]:
-            found.setdefault(checkpoint[change.param].name_in_file, []).append((change, check_weight(weight)))
+        for change in changes[role] if check_weight(weight) else ():  # by 0 nothing changes, rounding neither
+            found.setdefault(checkpoint[change.param].name_in_file, []).append((change, float(weight)))
 
     def merge(listed: Sequence[tuple[Change, float]]) -> Callable[[Float32], Float32]:
         def change(values: Float32) -> Float32:
             values = np.array(values, np.float32)
             add_rows(values, 0, [(c, c.delta.rows(), weight) for c, weight in listed])
+            for info in (info for c, _ in listed for info in c.delta.parts.values()):
+                info.file.check()
             return values
 
         return change

@@ -32,7 +32,7 @@ class StandIn(Weights):
     _n_files = 0
 
     def __init__(
-        self, plan: Plan, params: Mapping[str, Param], where: str, *, locked: bool = False
+        self, plan: Plan, params: Mapping[str, Param], where: str, *, locked: bool = False, reclaim: bool = True
     ) -> None:
         context = Context(len(plan.placements))
         spans: dict[int, Span] = {}
@@ -50,6 +50,12 @@ class StandIn(Weights):
         context.buffers.append(Buffer.__new__(Buffer))  # a closed one: whoever would compute is told so
         self.plan, self.where = plan, where
         self.spans = [] if locked else list(spans.values())
+        # Pages of mappings that are copied from and not given back: until the load is over, or as long as the mapping.
+        self.source_bytes = self.source_kept = 0
+        for p in plan.placements if locked or not reclaim else ():
+            if p.reading == "io" or (p.action == "repack" and p.reading == "map"):
+                self.source_bytes += p.info.n_bytes
+                self.source_kept += p.info.n_bytes if id(p.info.file) in spans else 0
         copied = plan.n_bytes() - plan.n_bytes("map")
         super().__init__(context, (), params, LoadReport(
             component=plan.component, n_tensors=plan.n_tensors(), n_mapped=plan.n_tensors("map"),
@@ -69,8 +75,11 @@ def stand_in(
     device = device_of(buffer_type) or backend.device
     wanted = {name: (param.ne, param.type, param.optional) for name, param in params.items()}
     options = LoadOptions.from_environment() if options is None else options
-    plan = plan_params(wanted, checkpoint, device=device, buffer_type=buffer_type, component=component, options=options)
-    return StandIn(plan, params, device.name, locked=options.mlock)
+    plan = plan_params(
+        wanted, checkpoint, device=device, buffer_type=buffer_type, component=component, options=options,
+        products={name for name, param in params.items() if param.product},
+    )  # fmt: skip
+    return StandIn(plan, params, device.name, locked=options.mlock, reclaim=options.reclaim)
 
 
 class MergedStandIn(Merged):
@@ -152,13 +161,14 @@ def all_spans(weights: Sequence[Weights]) -> list[Span]:
 
 def predict(
     phases: Sequence[Phase], *, mapped: int, copied: int, private: int, from_files: int, room: Room,
-    limit: int | None = None,
+    limit: int | None = None, load_peak: int = 0,
 ) -> Prediction:  # fmt: skip
     """The memory of a run of these phases, as Residency would run them.
 
     mapped, copied: bytes of the weights that stay in their files and may be given back, and of those in memory of our
     own; private, from_files: what is resident beside them when the run begins; room: what is free before `copied` is
-    there; limit: as Residency's.
+    there; limit: as Residency's; load_peak: resident at most until the weights are there, a phase "load" when that is
+    more than in any other.
     """
     free, source = room.n_bytes, room.source
     if limit is not None and limit - private < free:
@@ -188,6 +198,9 @@ def predict(
         if phase.stays:
             taken += phase.buffer
             live.update(r for _, ranges in phase.uses for r in ranges)
+    if load_peak > max((p.rss for p in found), default=0):
+        files = load_peak - private - copied
+        found.insert(0, PhasePrediction("load", 0, private + copied, files, load_peak, 0, 0))
     return Prediction(
         tuple(found), max((p.rss for p in found), default=0), max((p.private for p in found), default=0), free, source,
         fits,

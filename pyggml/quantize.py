@@ -13,22 +13,34 @@ from .types import Type
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
 
+# ggml looks for the nearest point of a grid, and ends the process when it finds none: as with sums that are infinite.
+_OF_GRIDS = ("IQ1", "IQ2", "IQ3")
+_LARGEST = 2.0**26  # a block's scale is f16
+
 
 def quantize(values: ArrayLike, type: Type, importance: ArrayLike | None = None) -> NDArray[np.uint8]:
     """The bytes of `values` (numpy shape [..., n_per_row]) in `type`, one row after another.
 
-    `importance`: float32 [n_per_row], a weight for each column; some types (iq2_xxs, ...) cannot do without.
-    ShapeError when a row is no multiple of the type's block; GGMLError when the type needs `importance`.
+    `importance`: float32 [n_per_row], a weight for each column, of which only the proportions count; some types
+    (iq2_xxs, ...) cannot do without. ShapeError when a row is no multiple of the type's block; GGMLError when the type
+    needs `importance`, or it is negative or not finite; OverflowError for values too large for iq1, iq2 and iq3 types.
     """
     array = np.ascontiguousarray(values, np.float32)
     n_per_row = array.shape[-1] if array.ndim else 1
     n_rows = array.size // n_per_row if n_per_row else 0
     out = np.empty(n_rows * type.row_size(n_per_row), np.uint8)
     weights = ffi.NULL
+    if type.name.startswith(_OF_GRIDS) and array.size and not float(np.abs(array).max()) <= _LARGEST:
+        raise OverflowError(f"holds values over {_LARGEST:g} or not finite, which {type.name} cannot hold")
     if importance is not None:
         column = np.ascontiguousarray(importance, np.float32)
         if column.shape != (n_per_row,):
             raise ShapeError(f"importance has shape {column.shape}, a row has {n_per_row} elements")
+        largest = float(column.max(initial=0))
+        if not (np.isfinite(largest) and float(column.min(initial=0)) >= 0):
+            raise GGMLError("importance holds values that are negative or not finite")
+        if largest and not 2.0**-20 < largest < 2.0**20:  # sums of its products must be numbers of float32
+            column = np.ldexp(column, -np.frexp(largest)[1])
         weights = ffi.cast("float *", ffi.from_buffer(column))
     elif lib.ggml_quantize_requires_imatrix(type):
         raise GGMLError(f"{type.name} needs an importance for each column")

@@ -301,17 +301,16 @@ def _explain(error: Exception) -> tuple[int, str]:
     """(exit code, one line) for an exception."""
     if isinstance(error, ImportError):  # not built, or not installed
         return FAILED, " ".join(str(error).split())
+    from loader.errors import LoadError, printable
     from pyggml.errors import Cancelled, GGMLError
 
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = printable(" ".join(str(error).split())) or type(error).__name__
     if isinstance(error, Cancelled):
         return INTERRUPTED, text
     if isinstance(error, OSError) and error.filename is not None:
-        return BAD_INPUT, f"{error.filename}: {error.strerror}"
+        return BAD_INPUT, printable(f"{error.filename}: {error.strerror}")
     if isinstance(error, OSError) and error.strerror:  # a full disk, for one
         return FAILED, error.strerror
-    from loader.errors import LoadError
-
     if isinstance(error, LoadError) or (isinstance(error, ValueError) and not isinstance(error, GGMLError)):
         return BAD_INPUT, text
     if isinstance(error, GGMLError):

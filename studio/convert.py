@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from typing import TYPE_CHECKING
 
@@ -24,10 +25,13 @@ def convert(args: argparse.Namespace) -> int:
     from loader.save import save_checkpoint
     from loader.save_plan import format_of, parse_rules, parse_type
 
-    kind = parse_type(args.type) if args.type else None
+    kind = None if args.type is None else parse_type(args.type)
     rules = parse_rules(args.tensor_type_rules or "")
     format = format_of(args.output)
-    importance = read_importance(args.imat_in) if args.imat_in else None
+    for path in [parse_option(text)[0] for text in args.lora] + ([args.imat_in] if args.imat_in else []):
+        if os.path.exists(args.output) and os.path.exists(path) and os.path.samefile(args.output, path):
+            raise ValueError(f"{args.output} is read for it; write to another file")
+    importance = None if args.imat_in is None else read_importance(args.imat_in)
     # Without a change of types a safetensors file stays as it is, its scale tensors too.
     raw = format == "safetensors" and kind is None and not rules and not args.lora
     with open_checkpoint(source, raw=raw) as checkpoint, Bars(unit="B", unit_scale=True, leave=False) as bars:

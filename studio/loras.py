@@ -9,6 +9,8 @@ from difflib import get_close_matches
 from pathlib import Path
 
 TAG = re.compile(r"<lora:([^<>]*)>")
+_BROKEN = re.compile(r"<\s*lora\s*:.{,20}", re.IGNORECASE)  # it would be drawn as words, and change nothing else
+_NUMBER = re.compile(r"\s*[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?\s*")  # float() takes more: 0_5 is 5
 ENDINGS = (".safetensors", ".gguf", ".sft")
 PICKLES = (".pt", ".ckpt", ".bin", ".pth")  # found, so that what is said is that they are not opened
 
@@ -27,7 +29,10 @@ def take_tags(prompt: str) -> tuple[str, list[tuple[str, float]]]:
         if name.startswith("|high_noise|"):
             raise ValueError(f"{match[0]}: this model has one set of weights, and no other for high noise")
         found.append((name.strip(), _weight(text, match[0])))
-    return TAG.sub("", prompt), found
+    rest = TAG.sub("", prompt)
+    if broken := _BROKEN.search(rest):
+        raise ValueError(f"{broken[0]!r} in the prompt is no tag: they have the form <lora:NAME:WEIGHT>")
+    return rest, found
 
 
 def parse_option(text: str) -> tuple[str, float]:
@@ -94,7 +99,6 @@ def _listing(folder: Path) -> list[str]:
 
 
 def _weight(text: str, where: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        raise ValueError(f"{where}: the weight {text!r} is no number") from None
+    if not _NUMBER.fullmatch(text):
+        raise ValueError(f"{where}: the weight {text!r} is no number")
+    return float(text)

@@ -28,20 +28,25 @@ def predict_run(pipe: Pipeline, prompt: str, **options: Any) -> Prediction:
     parts = pipe.components()
     now, room = Memory.now(), free_memory()
     there = locked = to_come = 0  # copies that are in memory already; what a load would still lock, and copy
+    kept, load_peak = 0, now.peak_rss  # pages of mappings that were copied from
     held = pipe.loras.held()
     for what, on_host in [*((p.weights, p.backend.is_cpu) for p in parts), *((h.what, h.on_host) for h in held)]:
         report = what.report
         if isinstance(what, StandIn | MergedStandIn):
             to_come += report.allocated_bytes if on_host else 0
             locked += report.mapped_bytes if report.locked_bytes else 0
+            if isinstance(what, StandIn):
+                load_peak = max(load_peak, now.rss + to_come + locked + kept + what.source_bytes)
+                kept += what.source_kept
         elif on_host:
             there += report.allocated_bytes
     # Mapped factors of LoRAs stay once they have been used.
     factors = sum(h.what.report.mapped_bytes for h in held if not h.what.report.locked_bytes)
     return predict(
         phases, mapped=sum(part.weights.report.mapped_bytes for part in parts if not part.weights.report.locked_bytes),
-        copied=there + to_come, private=now.anonymous - there, from_files=now.file_backed + locked + factors,
+        copied=there + to_come, private=now.anonymous - there, from_files=now.file_backed + locked + factors + kept,
         room=Room(max(0, room.n_bytes + there - locked), room.source), limit=pipe.residency.limit,
+        load_peak=load_peak,
     )  # fmt: skip
 
 

@@ -32,7 +32,8 @@ from loader.file_heads import Entry, safetensors_head
 from loader.imatrix import read_importance
 from loader.save import SaveReport, save_checkpoint
 from loader.save_plan import TYPES, parse_rules, parse_type
-from pyggml import Backend, Type
+from pyggml import Backend, GGMLError, Type
+from pyggml.quantize import quantize
 from studio import cli
 
 ROOT = Path(__file__).parents[1]
@@ -439,6 +440,21 @@ def test_importance(tmp_path: Path, source: Path, old: bool) -> None:
         convert(source, tmp_path / "y.gguf", type=Type.Q4_K, importance={"a.weight": column[1:]})
 
 
+@pytest.mark.parametrize("name", ["iq2_xxs", "q4_k"])  # the tables of the others take seconds each
+def test_importance_of_any_size(name: str) -> None:
+    """ggml ends the process when a sum is infinite; only proportions count."""
+    column = RNG.uniform(0.5, 2, 512).astype(np.float32)
+    expected = encode(W, TYPES[name], 512, column).tobytes()
+    for factor in (2.0**120, 2.0**-90):
+        assert encode(W, TYPES[name], 512, column * np.float32(factor)).tobytes() == expected
+    if name.startswith("iq"):
+        with pytest.raises(OverflowError, match=r"holds values over 6\.71089e"):
+            encode(np.full((1, 512), 3e38, np.float32), TYPES[name], 512, column)
+    for wrong in (-column, column * np.float32(np.inf), column * np.float32(np.nan)):
+        with pytest.raises(GGMLError, match="negative or not finite"):
+            quantize(W, TYPES[name], wrong)
+
+
 def test_importance_files_that_are_none(tmp_path: Path, source: Path) -> None:
     bad = [b"\0" * 4, b"\1\0\0\0", b"abcdefgh", struct.pack("<ii", 1, 1 << 30), struct.pack("<ii", 1, -1),
            struct.pack("<ii1sii", 1, 1, b"x", 1, 1 << 30), struct.pack("<ii1siif", 1, 1, b"x", 1, 1, np.nan),
@@ -485,6 +501,16 @@ def test_the_source_is_never_written_to(tmp_path: Path, source: Path) -> None:
     assert source.read_bytes() == before
     with pytest.raises(ValueError, match=r"must end in \.gguf or \.safetensors"):
         convert(source, tmp_path / "x.bin")
+    (tmp_path / "folder.gguf").mkdir()
+    with pytest.raises(ValueError, match=r"folder\.gguf is a folder"):
+        convert(source, tmp_path / "folder.gguf")
+
+
+def test_names_as_long_as_they_may_be(tmp_path: Path, source: Path) -> None:
+    for name in ("n" * 250 + ".gguf", "\u00e4" * 125 + ".gguf"):
+        convert(source, tmp_path / name)
+        assert leftovers(tmp_path) == [name]
+        (tmp_path / name).unlink()
 
 
 @pytest.mark.parametrize("phase", ["convert", "compare"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -18,7 +19,7 @@ from tiny_models import PARTS, golden, weight, write_tiny_models
 import models
 from loader.convert import to_float32
 from loader.errors import LoadError
-from loader.lora import Place, open_lora
+from loader.lora import Delta, Place, open_lora
 from loader.options import LoadOptions
 from loader.params import Param
 from models import qwen3
@@ -421,6 +422,13 @@ def test_alpha_of_a_configuration(pipe: ZImagePipeline, tmp_path: Path, backend:
         config.write_text(json.dumps(written))
         check(tmp_path / "adapter_model.safetensors" if scale > 1 else tmp_path, scale)
         pipe.unload_lora_weights()
+    for wrong, message in (
+        ([1], "must be a JSON object"), ({"lora_alpha": 12, "alpha_pattern": ["to_q"]}, "must map ends of names"),
+        ({"lora_alpha": 10**400}, "is no factor"),
+    ):  # fmt: skip
+        config.write_text(json.dumps(wrong))
+        with pytest.raises(LoadError, match=message):
+            pipe.set_loras({tmp_path: 1})
     config.write_text(json.dumps({"lora_alpha": 12, "alpha_pattern": {".*(a+)+$": 2}}))
     with pytest.raises(LoadError, match="pattern"):
         pipe.set_loras({tmp_path / "adapter_model.safetensors": 1})
@@ -807,11 +815,40 @@ def test_convert_refuses(files: Files, tmp_path: Path, capsys: pytest.CaptureFix
         (files["llm"], str(q), "none of its 2 keys belongs"),
         (files["diffusion_model"], f"{q}:9", "number in -8..8"),
         (files["diffusion_model"], "none.safetensors", "No such file"),
+        (files["diffusion_model"], "a\n\x1b[2J/none.safetensors", r"a\\n\\x1b\[2J/none"),
     ):
         assert cli.main(["convert", str(source), "-o", str(out), "--lora", option]) == 2
         error_line = capsys.readouterr().err
         assert re.search(message, error_line) and error_line.count("\n") == 1
         assert not out.exists()
+    before = q.read_bytes()
+    assert cli.main(["convert", str(files["diffusion_model"]), "-o", str(q), "--lora", str(q)]) == 2
+    assert "is read for it; write to another file" in capsys.readouterr().err and q.read_bytes() == before
+
+
+def test_convert_merges_nothing_by_zero(files: Files, tmp_path: Path) -> None:
+    """Nor does it round what is quantised once more."""
+    q = simple(tmp_path / "a.safetensors", "layers.0.attention.to_q")
+    assert cli.main(["convert", str(files["diffusion_model"]), "-o", str(tmp_path / "b.gguf"), "--type", "q4_0"]) == 0
+    assert cli.main(["convert", str(tmp_path / "b.gguf"), "-o", str(tmp_path / "c.gguf"), "--lora", f"{q}:0"]) == 0
+    assert (tmp_path / "b.gguf").read_bytes() == (tmp_path / "c.gguf").read_bytes()
+
+
+def test_a_lora_that_changes_while_it_is_merged(
+    files: Files, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    q = simple(tmp_path / "a.safetensors", "layers.0.attention.to_q")
+    read = Delta.rows
+
+    def late(self: Delta) -> Any:
+        os.utime(q, ns=(1, 1))
+        return read(self)
+
+    monkeypatch.setattr(Delta, "rows", late)
+    out = tmp_path / "out.gguf"
+    assert cli.main(["convert", str(files["diffusion_model"]), "-o", str(out), "--lora", str(q)]) == 2
+    assert "a.safetensors: a file of weights changed while it was used" in capsys.readouterr().err
+    assert os.listdir(tmp_path) == ["a.safetensors"]
 
 
 @pytest.mark.parametrize("dtype", ["F8_E4M3", "F8_E5M2"])
@@ -937,6 +974,10 @@ def bad() -> dict[str, tuple[Arrays, str]]:
         "L5 alpha nan": (lora | {f"{m}.alpha": number(np.nan)}, "is nan"),
         "L5 alpha inf": (lora | {f"{m}.alpha": number(np.inf)}, "is inf"),
         "L5 alpha array": (lora | {f"{m}.alpha": np.ones(4, np.float32)}, "4 elements where one"),
+        "a factor of integers": ({f"{m}.lora_A.weight": down.astype(np.int8), f"{m}.lora_B.weight": up},
+                                 "is I8: factors are floating-point"),
+        "a diff of integers": ({f"{m}.diff": np.ones((64, 64), np.int64)}, "is I64: factors are floating-point"),
+        "a complex alpha": (lora | {f"{m}.alpha": np.ones((), np.complex64)}, "is C64: factors are floating-point"),
         "L6 nan": ({f"{m}.lora_A.weight": down, f"{m}.lora_B.weight": nan}, "not finite"),
         "L6 inf in f16": ({f"{m}.lora_A.weight": down, f"{m}.lora_B.weight": big}, "not finite"),
         "L6 nan in diff_b": ({"layers.0.adaLN_modulation.0.diff_b": np.full(256, np.nan, np.float32)}, "not finite"),

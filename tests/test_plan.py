@@ -19,10 +19,11 @@ import models
 from loader.checkpoint import open_checkpoint
 from loader.lora import LoraFile
 from loader.merge import Merged
+from loader.repack import layout_for
 from models.prediction import Phase, predict, stand_in
 from models.residency import Use
 from models.room import Room
-from pyggml import ClosedError
+from pyggml import Backend, ClosedError, Type
 from studio.cli import main
 from studio.generate import DEMO
 from studio.plan import shown
@@ -146,6 +147,29 @@ def test_a_plan_of_many_steps_has_the_modulation_again(tmp_path: Path) -> None:
         many = ["modulation", "steps", "modulation", "steps", "decoder"]
         assert [names(1), names(15), names(16), names(50)] == [few, few, many, many]
         assert [names(8, "dpm2"), names(9, "dpm2")] == [few, many]  # which asks twice in a step
+
+
+@linux
+@pytest.mark.parametrize("options", [
+    ["--no-mmap"], ["--mmap", "--no-reclaim-mmap-source"], ["--mmap=io"], ["--mmap=io", "--no-reclaim-mmap-source"],
+    ["--mmap=io", "--mlock"],
+])  # fmt: skip
+def test_repacked_weights_are_in_the_plan(tmp_path: Path, large: Path, options: list[str]) -> None:
+    """Also what stays of the mappings that they are copied from, as long as the load takes or longer."""
+    q4 = large.parent / "q4_0.gguf"
+    if not q4.exists():
+        assert main(["convert", str(large), "--type", "q4_0", "-o", str(q4)]) == 0
+    if not layout_for(Backend.cpu(1).device, (1024, 1024), Type.Q4_0, "on"):
+        pytest.skip("this processor has no such layout")
+    common = ["a red circle", *files(q4), "-W", "64", "-H", "64", "--steps", "2", "-t", "1", "--repack", "on", *options]
+    plan = subprocess.run([sys.executable, "-m", "studio.cli", "plan", "--json", *common], check=True,
+                          capture_output=True, cwd=Path(__file__).parent.parent)  # fmt: skip
+    planned = json.loads(plan.stdout)
+    report = run(tmp_path, *files(q4), "--repack", "on", *options)
+    transformer = next(c for c in planned["components"] if c["component"] == "z_image")
+    assert transformer["bytes"]["repack"] == pytest.approx(report["components"]["z_image"]["repacked_bytes"], rel=0.01)
+    assert planned["peak_rss"] == pytest.approx(report["memory"]["peak_rss"], rel=0.1)
+    assert abs(off(report)) < 0.1
 
 
 @pytest.fixture(scope="module")
