@@ -167,8 +167,7 @@ def predict(
 
     mapped, copied: bytes of the weights that stay in their files and may be given back, and of those in memory of our
     own; private, from_files: what is resident beside them when the run begins; room: what is free before `copied` is
-    there; limit: as Residency's; load_peak: resident at most until the weights are there, a phase "load" when that is
-    more than in any other.
+    there; limit: as Residency's; load_peak: resident at most until the weights are there.
     """
     free, source = room.n_bytes, room.source
     if limit is not None and limit - private < free:
@@ -198,10 +197,7 @@ def predict(
         if phase.stays:
             taken += phase.buffer
             live.update(r for _, ranges in phase.uses for r in ranges)
-    if load_peak > max((p.rss for p in found), default=0):
-        files = load_peak - private - copied
-        found.insert(0, PhasePrediction("load", 0, private + copied, files, load_peak, 0, 0))
     return Prediction(
-        tuple(found), max((p.rss for p in found), default=0), max((p.private for p in found), default=0), free, source,
-        fits,
+        tuple(found), max([load_peak, *(p.rss for p in found)]), max((p.private for p in found), default=0), free,
+        source, fits,
     )  # fmt: skip

@@ -28,7 +28,7 @@ def predict_run(pipe: Pipeline, prompt: str, **options: Any) -> Prediction:
     parts = pipe.components()
     now, room = Memory.now(), free_memory()
     there = locked = to_come = 0  # copies that are in memory already; what a load would still lock, and copy
-    kept, load_peak = 0, now.peak_rss  # pages of mappings that were copied from
+    kept = load_peak = 0  # pages of mappings that were copied from
     held = pipe.loras.held()
     for what, on_host in [*((p.weights, p.backend.is_cpu) for p in parts), *((h.what, h.on_host) for h in held)]:
         report = what.report
@@ -40,6 +40,8 @@ def predict_run(pipe: Pipeline, prompt: str, **options: Any) -> Prediction:
                 kept += what.source_kept
         elif on_host:
             there += report.allocated_bytes
+    if not any(isinstance(part.weights, StandIn) for part in parts):
+        load_peak = now.peak_rss
     # Mapped factors of LoRAs stay once they have been used.
     factors = sum(h.what.report.mapped_bytes for h in held if not h.what.report.locked_bytes)
     return predict(
@@ -111,13 +113,14 @@ def _phases_table(prediction: Prediction) -> list[str]:
             notes.append(f"first gives back {shown(phase.given_back)} of others")
         if phase.per_pass:
             notes.append(f"{shown(phase.per_pass)} in each pass, do not fit")
-        mark = "< peak" if phase is peak else ""
+        mark = "< peak" if phase is peak and phase.rss == prediction.peak_rss else ""
         rows.append([phase.name, shown(phase.weights), shown(phase.private), shown(phase.rss), mark, "; ".join(notes)])
     if all(not row[5] for row in rows[1:]):
         rows = [row[:5] for row in rows]
     return [
         *_aligned(rows, left={0, 4, 5}), "",
-        f"peak  {shown(prediction.peak_rss)}, of it {shown(prediction.private_peak)} private",
+        f"peak  {shown(prediction.peak_rss)}, of it {shown(prediction.private_peak)} private"
+        + (", while loading" if prediction.peak_rss > peak.rss else ""),
         f"free  {shown(prediction.room)} ({prediction.room_source}): {verdict(prediction)}",
     ]  # fmt: skip
 
