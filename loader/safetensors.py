@@ -101,7 +101,7 @@ def _tensor(name: str, entry: Any, file: MappedFile, data_offset: int, limits: L
         raise _fail(file, name, "BadHeader", "data_offsets", "must be two integers, begin and end")
     begin, end = offsets
     if not 0 <= begin <= end < 1 << 64:  # with more digits sums of it are no text any more
-        raise _fail(file, name, "OutOfBounds", "data_offsets", f"{offsets} is no range")
+        raise _fail(file, name, "OutOfBounds", "data_offsets", f"{quoted(str(offsets))} is no range")
     if data_offset + end > file.n_bytes:
         raise LoadError(
             f"its data ends at byte {data_offset + end}, the file at {file.n_bytes}",
