@@ -6,7 +6,7 @@ A `Plan` is made from headers alone, so that it can be shown (`pyggml plan`) wit
 from __future__ import annotations
 
 from collections.abc import Container, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Literal, TypeAlias
 
@@ -24,6 +24,8 @@ from .repack import layout_for
 Ne: TypeAlias = tuple[int, ...]
 Action: TypeAlias = Literal["map", "copy", "convert", "repack"]
 Reading: TypeAlias = Literal["map", "io", "off"]
+
+_SMALL = 64 << 10  # bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,10 +147,25 @@ def plan_params(
             if layout is not None:
                 action, reason = "repack", f"repacked for {layout.name}"
             placements.append(Placement(name, info, tuple(ne), kind, action, reason, reading, layout))
+    if options.reclaim and not options.mlock:
+        placements = _copy_small(placements)
     surplus = [_shown(info) for name, info in checkpoint.items() if name not in wanted]
     if missing or surplus or wrong:
         raise _wrong_tensors(component, checkpoint, len(wanted), missing, surplus, wrong)
     return Plan(component, tuple(placements), tuple(absent))
+
+
+def _copy_small(placements: list[Placement]) -> list[Placement]:
+    """Small tensors beside repacked ones copied too: Linux maps up to 2 MB around a page that is touched, and what was
+    given back would come again with every norm between the weights.
+    """
+    repacked = {p.info.file for p in placements if p.action == "repack" and p.reading == "map"}
+    reason = "small, beside repacked weights"
+    return [
+        replace(p, action="copy", reason=reason)
+        if p.action == "map" and p.n_bytes <= _SMALL and p.info.file in repacked else p
+        for p in placements
+    ]  # fmt: skip
 
 
 def _reading(file: MappedFile, options: LoadOptions) -> tuple[Reading, str]:

@@ -240,6 +240,30 @@ def test_peak_memory_falls_by_the_size_of_the_repacked_weights(
 
 
 @linux
+def test_small_tensors_do_not_bring_repacked_ones_back(tmp_path: Path, backend: Backend, layout: BufferType) -> None:
+    """test_plan.py has what that saves."""
+    n, ne = 20, (1024, 1792)
+    raw = np.zeros((ne[1], ne[0] // 32 * 18), np.uint8)
+    pair = (("norm", Type.F32, np.ones(4096, np.float32)), ("weight", Type.Q4_0, raw))
+    table = {f"{i}.{name}": (type, values) for i in range(n) for name, type, values in pair}
+    path = write(tmp_path / "x.gguf", table)
+    params = {name: Param((4096,) if name.endswith("norm") else ne, product=True) for name in table}
+    for reclaim, copied in ((True, n), (False, 0)):
+        with open_checkpoint(path) as checkpoint:
+            options = LoadOptions(repack="on", reclaim=reclaim)
+            weights = load_params(params, checkpoint, backend=backend, component="t", options=options)
+        with weights:
+            assert weights.report.not_mapped.get("small, beside repacked weights", 0) == copied
+            assert weights.report.n_repacked == n
+            assert all((weights[f"{i}.norm"].numpy() == 1).all() for i in range(n))
+            assert (resident(path) == 0) is reclaim
+    with open_checkpoint(path) as checkpoint:
+        plain = load_params(params, checkpoint, backend=backend, component="t", options=LoadOptions(repack="off"))
+    with plain:
+        assert plain.report.n_mapped == 2 * n
+
+
+@linux
 def test_computing_with_repacked_weights_reads_no_file(path: Path, backend: Backend, layout: BufferType) -> None:
     """No major fault, although nothing of the file is cached any more."""
     names = [t.name for t in TYPES if takes(backend.device, layout, NE, t)]
