@@ -262,3 +262,20 @@ def test_fp8_values_are_those_of_the_formats(tmp_path: Path) -> None:
             else:
                 value = (m / 2**mantissa_bits + (e > 0)) * 2.0 ** (max(e, 1) - bias)
             assert ours[code] == (-value if code & 128 else value), re.escape(hex(code))
+
+
+def test_a_scale_in_another_file_that_changes_during_the_load(tmp_path: Path, backend: Backend) -> None:
+    save(tmp_path / "1.safetensors", {"a.weight": f8()})
+    scales = save(tmp_path / "2.safetensors", {"a.weight_scale": f32([0.02])})
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a.weight": "1.safetensors", "a.weight_scale": scales.name}}))
+    with open_checkpoint(index) as checkpoint, load_params(
+        {"a.weight": Param((64, 6), Type.F32)}, checkpoint, backend=backend, component="test"
+    ) as weights:
+        assert np.allclose(weights["a.weight"].numpy(), plain() * 0.02, rtol=1e-6)
+    with open_checkpoint(index) as checkpoint, pytest.raises(LoadError, match=r"2\.safetensors") as error:
+        load_params(
+            {"a.weight": Param((64, 6))}, checkpoint, backend=backend, component="test",
+            progress=lambda done, total: scales.write_bytes(scales.read_bytes()),
+        )  # fmt: skip
+    assert error.value.kind == "WeightsChanged"
