@@ -1,5 +1,5 @@
 // Vectors of f32 for our own operations, in GNU C that every compiler but Microsoft's takes, and the product of two small
-// panels that convolution and attention are made of.
+// panels that convolution is made of; attention has one of its own, which goes on from what is there, with more rows.
 #pragma once
 
 #include <stddef.h>
